@@ -1,0 +1,115 @@
+"""The verbs: one role each, fully supported by every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_srpo.types import (
+    Batch,
+    Completion,
+    Floats,
+    Group,
+    Prompt,
+    Request,
+    Reset,
+    Rollout,
+    Score,
+    Tokens,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    NamedTensors = Iterator[tuple[str, torch.Tensor]]
+else:
+    NamedTensors = Any
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    def encode(self, text: str) -> Tokens:
+        """No special tokens are added."""
+        ...
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> Tokens:
+        """By the chat template, up to where the assistant begins to speak."""
+        ...
+
+    def pieces(self, token_ids: Tokens) -> list[str]:
+        """The text that each token adds; '' for a special token or an unfinished character."""
+        ...
+
+
+class Generator(Protocol):
+    """The rollout engine."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Completions in the order in which they finish."""
+        ...
+
+
+class WeightReceiver(Protocol):
+    """A rollout engine whose weights can be replaced while it runs."""
+
+    def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
+        """Full Hugging Face tensors, any order; what was cached under older weights is dropped."""
+        ...
+
+
+class Reward(Protocol):
+    """Checks a whole response."""
+
+    def __call__(self, prompt: Prompt, response: str) -> Score: ...
+
+
+class ResetRule(Protocol):
+    """Chooses how far a failed rollout goes back."""
+
+    def choose(self, seeds: Sequence[Rollout], generator: Generator, step: int) -> list[Reset]:
+        """One reset per seed, in their order."""
+        ...
+
+
+class CreditRule(Protocol):
+    """Turns rewards into credit per token."""
+
+    def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
+        """(loss_weight, advantage), each [T_response], per rollout of each group."""
+        ...
+
+
+class Learner(Protocol):
+    """The policy in training."""
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step; metrics are equal on all ranks."""
+        ...
+
+    def logprobs(self, sequences: Sequence[Tokens]) -> list[Floats]:
+        """Each [T - 1]: log-prob of every token after the first, at the training temperature."""
+        ...
+
+    def export(self) -> NamedTensors:
+        """Full tensors by Hugging Face name, gathered one at a time; a collective call."""
+        ...
+
+
+class PromptSource(Protocol):
+    """Where a step's prompts come from; its position can be stored."""
+
+    def next(self, num_prompts: int) -> list[Prompt]: ...
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+class Collect(Protocol):
+    """prompts -> groups: live from an engine, or replayed from a journal."""
+
+    def __call__(self, prompts: Sequence[Prompt], *, step: int) -> list[Group]: ...

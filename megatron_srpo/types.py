@@ -1,0 +1,243 @@
+"""The nouns: every stage of the project maps some of these values to others. No torch, no engine.
+
+Arrays are numpy and become read-only when they enter a noun: a stage never changes its input.
+Shape legend: T tokens of one sequence (`T_response`: without the prompt).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+Stage = Literal["base", "extra", "suffix"]
+Purpose = Literal["base", "extra", "suffix", "localize", "eval", "probe"]
+
+
+class InputError(ValueError):
+    """What the user gave is wrong; the message says what, where, and what would be right."""
+
+
+class AlarmError(RuntimeError):
+    """A measured quantity left its stated bounds; the run must not go on as if nothing happened."""
+
+
+def freeze_arrays(noun: object) -> None:
+    for entry in fields(noun):  # type: ignore[arg-type]
+        value = getattr(noun, entry.name)
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """A question that a reward can check."""
+
+    id: str
+    """Unique within its set."""
+    text: str
+    """The question in words, without a chat template."""
+    token_ids: Tokens
+    """[T] what the policy sees, chat template applied."""
+    answer: str
+    """What the reward compares with."""
+    solution: tuple[str, ...] = ()
+    """The right thoughts, where the task knows them; empty otherwise."""
+
+    def __post_init__(self) -> None:
+        freeze_arrays(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """One sequence to be continued by the rollout engine."""
+
+    id: str
+    """Unique among the requests in flight."""
+    purpose: Purpose
+    """What it is for: time and tokens are told apart by it."""
+    context: Tokens
+    """[T] prompt and whatever part of a response is kept."""
+    max_tokens: int
+    temperature: float
+    """0 means greedy."""
+    seed: int
+    """Of this request alone: what is drawn does not depend on its neighbours."""
+
+    def __post_init__(self) -> None:
+        freeze_arrays(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """What the rollout engine returns for one request."""
+
+    request_id: str
+    token_ids: Tokens
+    """[T] a sampled end-of-sequence token included."""
+    logprobs: Floats
+    """[T] nats, of the distribution that was sampled from."""
+    finish_reason: Literal["stop", "length"]
+    num_cached_tokens: int
+    """Context tokens whose keys and values came from the prefix cache."""
+    weight_version: int
+    """Number of policy updates that the sampling weights had seen."""
+
+    def __post_init__(self) -> None:
+        freeze_arrays(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A reward's verdict."""
+
+    value: float
+    correct: bool
+    """A rollout that is not correct can be the seed of a reset."""
+    failure: str | None = None
+    """Why the reward could not be computed; such a rollout has no verdict, not a verdict of 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """One step of a chain of thought."""
+
+    text: str
+    """With its delimiter."""
+    start: int
+    """Index of its first token in the response."""
+    was_cut: bool = False
+    """It ended because it grew too long, not at a delimiter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """A scored response. Its first `num_copied` tokens were sampled by another rollout."""
+
+    id: str
+    prompt: Prompt
+    stage: Stage
+    """base: fresh; extra: fresh, in place of suffixes; suffix: continued from a reset state."""
+    token_ids: Tokens
+    """[T_response] copied prefix and own tokens."""
+    logprobs: Floats
+    """[T_response] nats, of whoever sampled the token."""
+    num_copied: int
+    thoughts: tuple[Thought, ...]
+    score: Score
+    finish_reason: Literal["stop", "length"]
+    num_cached_tokens: int
+    weight_version: int
+
+    def __post_init__(self) -> None:
+        freeze_arrays(self)
+
+    @property
+    def text(self) -> str:
+        return "".join(thought.text for thought in self.thoughts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Start:
+    """A state to roll out from: a prompt, and what is kept of a failed response."""
+
+    prompt: Prompt
+    stage: Stage
+    index: int
+    """Tells apart the rollouts that leave the same state."""
+    token_ids: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
+    logprobs: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def __post_init__(self) -> None:
+        freeze_arrays(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset:
+    """Where a failed rollout (the seed) is gone back to."""
+
+    seed_id: str
+    thought: int
+    """Index of the first thought that is not kept; 0 restarts from the bare prompt."""
+    cause: Literal["random", "oracle", "named", "unparsed", "no_error"]
+    """Who chose it; `unparsed` and `no_error` are answers that name no thought."""
+    answer: str = ""
+    """What the policy said when it was asked."""
+    num_tokens: int = 0
+    """Generated for that answer; never trained on."""
+    num_cached_tokens: int = 0
+    moved: bool = False
+    """It went back further than chosen because too few tokens were left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Rollouts that left the same state, hence comparable with each other."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    reset: Reset | None = None
+    """The reset that made (some of) these rollouts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """One training sequence, whatever method made it. Entry t speaks of predicting token t."""
+
+    id: str
+    token_ids: Tokens
+    """[T]"""
+    loss_weight: Floats
+    """[T] 0: not trained. 1/length for means over sequences, 1 for token means."""
+    advantage: Floats
+    """[T]"""
+    logprob: Floats
+    """[T] behaviour policy's, nats; NaN where unknown (demonstrations)."""
+    count: float
+    """Its share of the global denominator; 0 for an auxiliary loss."""
+
+    def __post_init__(self) -> None:
+        freeze_arrays(self)
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(np.any(self.loss_weight * self.advantage))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """Sequences laid end to end (THD), one forward pass. Entry t holds what token t predicts."""
+
+    token_ids: Tokens
+    """[T] inputs"""
+    position_ids: Tokens
+    """[T] from 0 in each sequence"""
+    target_ids: Tokens
+    """[T] the next token of the same sequence"""
+    loss_weight: Floats
+    """[T] of the target"""
+    advantage: Floats
+    """[T] of the target"""
+    logprob: Floats
+    """[T] of the target, behaviour policy's"""
+    cu_seqlens: Tokens
+    """[sequences + 1] where sequences begin, and the end"""
+    sample_ids: tuple[str, ...]
+    """Whose sequences these are, for messages."""
+
+    def __post_init__(self) -> None:
+        freeze_arrays(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one rank learns from in one step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    """As many as on every other rank; none if no sample of the whole step carries a gradient."""
+    denominator: float
+    """Sum of `Sample.count` over all samples of all ranks, those without a gradient included."""
