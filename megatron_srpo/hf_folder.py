@@ -1,0 +1,91 @@
+"""A Hugging Face folder: what it says of its model, its tensors, and how a new one is written.
+
+A folder is written under a temporary name and renamed: it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_srpo.types import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises `InputError` where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not a Hugging Face model folder (it has no config.json)")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = {name: folder / file for name, file in weight_map.items()}
+        missing = sorted({str(path) for path in files.values() if not path.is_file()})
+        if missing:
+            raise InputError(f"{folder}: {INDEX} names {missing[0]}, which is not there")
+        return files
+    if not (folder / SINGLE).is_file():
+        raise InputError(f"{folder}: no {SINGLE} and no {INDEX}")
+    try:
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / SINGLE}: not readable as safetensors ({error})") from error
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor), one at a time."""
+    files = weight_files(folder)
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that the model has, a tied head included; nothing is loaded."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, path in weight_files(folder).items():
+        with safe_open(path, framework="pt") as file:
+            shapes[name] = tuple(file.get_slice(name).get_shape())
+    shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
+    return shapes
+
+
+def write_folder(
+    out: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, like: Path, tied: bool
+) -> None:
+    """Weights from the stream; config, tokenizer and templates copied from the folder `like`.
+
+    A tied head is not stored twice: `lm_head.weight` is left out if `tied`.
+    """
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in sorted(like.iterdir()):
+        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+            shutil.copyfile(file, partial / file.name)
+    weights = {
+        name: tensor.detach().contiguous().clone()
+        for name, tensor in tensors
+        if not (tied and name == "lm_head.weight")
+    }
+    save_file(weights, partial / SINGLE, metadata={"format": "pt"})
+    partial.rename(out)

@@ -1,0 +1,156 @@
+"""Every step's rollouts, durable before they are trained on.   groups <-> files
+
+Step 12 of replica 0 of 2 is `rollouts/000012-00000-of-00002.jsonl` (one line per group: texts,
+scores, resets) and `.npz` (token ids, log-probs). Each file is written under a temporary name,
+synced and renamed, the .jsonl last: where it is, the step is whole. Same seed, same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_srpo.types import Group, InputError, Prompt, Reset, Rollout, Score, Thought
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Journal:
+    """One replica's writer."""
+
+    folder: Path
+    replica: int
+    num_replicas: int
+
+    def write(self, step: int, groups: Sequence[Group]) -> None:
+        stem = self.folder / f"{step:06d}-{self.replica:05d}-of-{self.num_replicas:05d}"
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        arrays = BytesIO()
+        np.savez(
+            arrays,
+            prompt_token_ids=_flat([group.prompt.token_ids for group in groups], np.int32),
+            prompt_lengths=np.array([len(group.prompt.token_ids) for group in groups]),
+            token_ids=_flat([rollout.token_ids for rollout in rollouts], np.int32),
+            logprobs=_flat([rollout.logprobs for rollout in rollouts], np.float32),
+            lengths=np.array([len(rollout.token_ids) for rollout in rollouts]),
+        )
+        lines = "".join(json.dumps(_row(group), ensure_ascii=False) + "\n" for group in groups)
+        _write_durably(stem.with_suffix(".npz"), arrays.getvalue())
+        _write_durably(stem.with_suffix(".jsonl"), lines.encode())
+
+
+def read_step(folder: Path, step: int) -> list[Group]:
+    """All replicas' groups of one step, in replica order. `InputError` if a part is missing."""
+    parts = sorted(folder.glob(f"{step:06d}-*-of-*.jsonl"))
+    if not parts:
+        raise InputError(f"{folder}: no rollouts of step {step}")
+    num_replicas = int(parts[0].stem.rpartition("-of-")[2])
+    if len(parts) != num_replicas:
+        raise InputError(f"{folder}: step {step} has {len(parts)} of {num_replicas} parts")
+    return [group for part in parts for group in _read_part(part)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """Implements `protocols.Collect`: the journalled groups of the prompts it is asked for."""
+
+    folder: Path
+
+    def __call__(self, prompts: Sequence[Prompt], *, step: int) -> list[Group]:
+        groups = read_step(self.folder, step)
+        journalled = {group.prompt.id for group in groups}
+        for prompt in prompts:
+            if prompt.id not in journalled:
+                raise InputError(
+                    f"{self.folder}: step {step} has no rollouts of prompt {prompt.id!r}; a "
+                    "replay needs the data, seed and number of prompts of its run"
+                )
+        wanted = {prompt.id for prompt in prompts}
+        return [group for group in groups if group.prompt.id in wanted]
+
+
+def _row(group: Group) -> dict[str, Any]:
+    prompt = group.prompt
+    return {
+        "prompt": {
+            "id": prompt.id,
+            "text": prompt.text,
+            "answer": prompt.answer,
+            "solution": prompt.solution,
+        },
+        "reset": None if group.reset is None else asdict(group.reset),
+        "rollouts": [
+            {
+                "id": rollout.id,
+                "stage": rollout.stage,
+                "score": asdict(rollout.score),
+                "text": rollout.text,
+                "thoughts": [asdict(thought) for thought in rollout.thoughts],
+                "num_copied": rollout.num_copied,
+                "finish_reason": rollout.finish_reason,
+                "num_cached_tokens": rollout.num_cached_tokens,
+                "weight_version": rollout.weight_version,
+            }
+            for rollout in group.rollouts
+        ],
+    }
+
+
+def _read_part(path: Path) -> list[Group]:
+    with np.load(path.with_suffix(".npz")) as arrays:
+        prompt_ids = _unflat(arrays["prompt_token_ids"], arrays["prompt_lengths"])
+        token_ids = iter(_unflat(arrays["token_ids"], arrays["lengths"]))
+        logprobs = iter(_unflat(arrays["logprobs"], arrays["lengths"]))
+    groups = []
+    for line, ids in zip(path.read_text().split("\n")[:-1], prompt_ids, strict=True):
+        row = json.loads(line)
+        known = row["prompt"] | {"solution": tuple(row["prompt"]["solution"])}
+        prompt = Prompt(**known, token_ids=ids)
+        rollouts = tuple(
+            _rollout(fields, prompt, next(token_ids), next(logprobs)) for fields in row["rollouts"]
+        )
+        reset = None if row["reset"] is None else Reset(**row["reset"])
+        groups.append(Group(prompt=prompt, rollouts=rollouts, reset=reset))
+    return groups
+
+
+def _rollout(fields: dict[str, Any], prompt: Prompt, token_ids: Any, logprobs: Any) -> Rollout:
+    kept = {name: value for name, value in fields.items() if name != "text"}
+    return Rollout(
+        **kept
+        | {
+            "score": Score(**fields["score"]),
+            "thoughts": tuple(Thought(**thought) for thought in fields["thoughts"]),
+        },
+        prompt=prompt,
+        token_ids=token_ids,
+        logprobs=logprobs,
+    )
+
+
+def _flat(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([*arrays, np.empty(0, dtype)]).astype(dtype)
+
+
+def _unflat(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(flat, np.cumsum(lengths)[:-1])
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
