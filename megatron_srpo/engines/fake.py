@@ -1,0 +1,67 @@
+"""A deterministic engine without a model: pure logic can be tested and read against it.
+
+It implements `Generator`, `WeightReceiver` and `Tokenizer` over characters: token = code point.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from megatron_srpo.protocols import NamedTensors
+from megatron_srpo.types import Completion, Request, Tokens
+
+EOS = 0
+
+
+class CharTokenizer:
+    """One token per character; token 0 ends a sequence and has no text."""
+
+    eos_token_id = EOS
+
+    def encode(self, text: str) -> Tokens:
+        return np.array([ord(character) for character in text], dtype=np.int32)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> Tokens:
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+    def pieces(self, token_ids: Tokens) -> list[str]:
+        return ["" if token == EOS else chr(token) for token in token_ids]
+
+
+class FakeGenerator:
+    """Answers a context with `answer(context text, random numbers of the request's seed)`.
+
+    Shorter answers finish first, as in a real engine. Remembers the contexts that it was given.
+    """
+
+    def __init__(self, answer: Callable[[str, random.Random], str]) -> None:
+        self._answer = answer
+        self._version = 0
+        self.seen: list[list[Request]] = []
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        self.seen.append(list(requests))
+        completions = [self._complete(request) for request in requests]
+        yield from sorted(completions, key=lambda completion: len(completion.token_ids))
+
+    def _complete(self, request: Request) -> Completion:
+        tokenizer = CharTokenizer()
+        context = "".join(tokenizer.pieces(request.context))
+        answer = self._answer(context, random.Random(request.seed))
+        token_ids = np.append(tokenizer.encode(answer), np.int32(EOS))[: request.max_tokens]
+        return Completion(
+            request_id=request.id,
+            token_ids=token_ids,
+            logprobs=-np.arange(1, len(token_ids) + 1, dtype=np.float32),
+            finish_reason="stop" if token_ids[-1] == EOS else "length",
+            num_cached_tokens=0,
+            weight_version=self._version,
+        )
+
+    def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
+        for _ in named_tensors:
+            pass
+        self._version = version

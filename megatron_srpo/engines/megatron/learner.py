@@ -1,0 +1,197 @@
+"""The policy in training: `protocols.Learner` on Megatron-Core.
+
+How a token's loss becomes a gradient, derived once, here:
+
+    L = - sum over all ranks r, micro-batches m, tokens t of  w_t A_t log pi(t) / D
+
+1. `loss.policy_loss` sums over the tokens of one micro-batch and divides by D, the *global*
+   denominator (`Batch.denominator`, the same number on every rank).
+2. Megatron's schedule backpropagates each micro-batch's loss as it stands: with
+   `calculate_per_token_loss` it divides neither by the number of micro-batches nor by a token
+   count (0.16.1 pipeline_parallel/schedules.py, forward_step_calc_loss).
+3. DistributedDataParallel adds micro-batches up in its buffer and, for the same flag, *sums* over
+   ranks with a scaling factor of 1 (distributed/distributed_data_parallel.py).
+4. `finalize_model_grads` would divide by the token count that the schedule hands it; D has already
+   been divided by, so the count is withheld (`_finalize_without_count`).
+
+Hence the gradient that the optimizer sees is that of L, whatever the packing and the number of
+ranks; tests/parallel proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_srpo.batching import pack
+from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.data import demonstration_sample
+from megatron_srpo.engines.megatron.logprobs import token_entropies, token_logprobs
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.engines.megatron.model import build_model, export_hf, family_of
+from megatron_srpo.engines.megatron.optimizer import MegatronAdam
+from megatron_srpo.loss import mismatch, policy_loss
+from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
+
+
+class MegatronLearner:
+    """GPTModel, DistributedDataParallel and the distributed optimizer on one mesh."""
+
+    def __init__(
+        self,
+        folder: Path,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype,
+        temperature: float,
+        optimizer: OptimizerConfig,
+        num_steps: int,
+    ) -> None:
+        """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over."""
+        self._mesh, self._temperature = mesh, temperature
+        self._family = family_of(folder)
+        self.module = build_model(folder, dtype)
+        self.model = DistributedDataParallel(
+            self.module.config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            self.module,
+        )
+        self._optimizer = MegatronAdam(self.model, optimizer, dtype=dtype, num_steps=num_steps)
+        self.module.config.finalize_model_grads_func = _finalize_without_count
+        self.module.config.grad_scale_func = self._optimizer.scale_loss
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step. A batch without micro-batches has no gradient: nothing moves."""
+        if not batch.micro_batches:
+            return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0}
+        stats = self.backward(batch)
+        grad_norm = self._optimizer.step()
+        if not np.isfinite(grad_norm):
+            raise AlarmError(f"gradient norm is {grad_norm}")
+        return {**stats, "grad_norm": grad_norm}
+
+    def backward(self, batch: Batch) -> dict[str, float]:
+        """Gradients of the batch, reduced over ranks, into the buffers; metrics of the batch."""
+        self.model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+        def forward_step(
+            micro_batches: Iterator[MicroBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Any]:
+            micro_batch = next(micro_batches)
+            logits_TV = self._logits(model, micro_batch)
+
+            def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                return self._loss(output[0], micro_batch, batch.denominator)
+
+            return logits_TV, loss_func
+
+        per_micro_batch = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batch.micro_batches),
+            model=self.model,
+            num_microbatches=len(batch.micro_batches),
+            seq_length=max(len(m.token_ids) for m in batch.micro_batches),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return self._reduce(per_micro_batch)
+
+    def _logits(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """[1, T, V]"""
+        cu_seqlens = torch.tensor(micro_batch.cu_seqlens)
+        longest = int(np.diff(micro_batch.cu_seqlens).max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return model(
+            torch.tensor(micro_batch.token_ids, dtype=torch.long)[None],
+            torch.tensor(micro_batch.position_ids, dtype=torch.long)[None],
+            None,
+            packed_seq_params=packed,
+        )
+
+    def _loss(
+        self, logits_TV: Tensor, micro_batch: MicroBatch, denominator: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        targets_T = torch.tensor(micro_batch.target_ids, dtype=torch.long)
+        weight_T = torch.tensor(micro_batch.loss_weight)
+        logprobs_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
+        advantage_T = torch.tensor(micro_batch.advantage)
+        loss = policy_loss(logprobs_T, weight_T, advantage_T, denominator=denominator)
+        if not torch.isfinite(loss):
+            samples = ", ".join(micro_batch.sample_ids)
+            raise AlarmError(f"loss is {loss.item()} in samples {samples}")
+        entropies_T = token_entropies(
+            logits_TV.detach(), temperature=self._temperature, group=self._mesh.tp_group
+        )
+        rollout_T = torch.tensor(micro_batch.logprob)
+        sampled_T = (weight_T != 0) & ~torch.isnan(rollout_T)
+        off = mismatch(logprobs_T[sampled_T], rollout_T[sampled_T])
+        stats = {
+            "loss": loss.detach().double(),
+            "num_tokens": sampled_T.sum().double(),
+            "entropy": entropies_T[sampled_T].double().sum(),
+            "abs_sum": off.abs_sum,
+            "k3_sum": off.k3_sum,
+            "abs_max": off.abs_max,
+        }
+        return loss, torch.zeros((), dtype=torch.int), stats
+
+    def _reduce(self, per_micro_batch: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Metrics of the whole batch, equal on all ranks."""
+        names = [name for name in per_micro_batch[0] if name != "abs_max"]
+        sums = torch.stack([sum(s[name] for s in per_micro_batch) for name in names])  # type: ignore[misc]
+        largest = torch.stack([s["abs_max"] for s in per_micro_batch]).max()
+        dist.all_reduce(sums, group=self._mesh.dp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
+        total = dict(zip(names, sums.tolist(), strict=True))
+        num_tokens = max(total["num_tokens"], 1.0)
+        return {
+            "loss": total["loss"],
+            "entropy": total["entropy"] / num_tokens,
+            "tokens/trained": total["num_tokens"],
+            "mismatch/logprob_abs_max": largest.item(),
+            "mismatch/logprob_abs_mean": total["abs_sum"] / num_tokens,
+            "mismatch/kl_k3": total["k3_sum"] / num_tokens,
+        }
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[Tokens]) -> list[Floats]:
+        """Each [T - 1]: log-prob of every token after the first, at the training temperature."""
+        answers: list[Floats] = []
+        for index, tokens in enumerate(sequences):
+            sample = demonstration_sample(str(index), tokens[:1], tokens[1:], weight=0.0, count=0.0)
+            micro_batch = pack([sample])
+            targets_T = torch.tensor(micro_batch.target_ids, dtype=torch.long)
+            logits_TV = self._logits(self.module, micro_batch)[0]
+            found_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
+            answers.append(found_T.numpy())
+        return answers
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        return export_hf(self.module, self._family)
+
+
+def _finalize_without_count(
+    model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
+) -> None:
+    """Step 4 of the module's derivation."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,68 @@
+"""Adam with Megatron's distributed optimizer, gradient clipping and learning-rate schedule."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.engines.megatron.cpu import cuda_type_names
+
+
+class MegatronAdam:
+    """Optimizer and schedule, stepped together."""
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        cfg: OptimizerConfig,
+        *,
+        dtype: torch.dtype,
+        num_steps: int,
+    ) -> None:
+        config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            weight_decay=cfg.weight_decay,
+            adam_beta1=cfg.beta1,
+            adam_beta2=cfg.beta2,
+            adam_eps=cfg.eps,
+            clip_grad=cfg.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        )
+        with cuda_type_names():
+            self._optimizer = get_megatron_optimizer(config, [model])
+        self._schedule = OptimizerParamScheduler(
+            self._optimizer,
+            init_lr=0.0,
+            max_lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            lr_warmup_steps=cfg.warmup_steps,
+            lr_decay_steps=max(num_steps, cfg.warmup_steps + 1),
+            lr_decay_style=cfg.decay,
+            start_wd=cfg.weight_decay,
+            end_wd=cfg.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return self._optimizer.scale_loss(loss)
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def step(self) -> float:
+        """Clip, step, advance the learning rate; returns the gradient norm before clipping."""
+        # Megatron's warm-up gives its first step a rate of 0; ours begins with 1/warmup_steps.
+        self._schedule.step(1)
+        with cuda_type_names():
+            _, grad_norm, _ = self._optimizer.step()
+        return float(grad_norm)

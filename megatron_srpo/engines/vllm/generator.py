@@ -1,0 +1,102 @@
+"""Rollouts: `protocols.Generator` and `WeightReceiver` on a vLLM engine inside this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.protocols import NamedTensors
+from megatron_srpo.types import AlarmError, Completion, Request
+
+CPU_BLOCK_TOKENS = 32
+"""Smallest block of the prefix cache on CPUs: a prefix is reused in multiples of it."""
+
+
+class VllmGenerator:
+    """One replica: an engine, its weights' version, its prefix cache."""
+
+    def __init__(self, folder: Path, cfg: RolloutConfig, *, dtype: str) -> None:
+        """Torch's process group must exist already: the engine joins it (`external_launcher`)."""
+        on_cpu = not torch.cuda.is_available()
+        with _own_random_state():
+            self._llm = LLM(
+                str(folder),
+                dtype=dtype,
+                max_model_len=cfg.max_model_len,
+                max_num_seqs=cfg.max_num_seqs,
+                kv_cache_memory_bytes=cfg.kv_cache_bytes,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                distributed_executor_backend="external_launcher",
+                enforce_eager=on_cpu,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                seed=0,  # requests carry their own seeds
+                **({"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}),
+            )
+        self._version = 0
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Completions in the order in which they finish; the engine steps between them."""
+        engine = self._llm.llm_engine
+        for request in requests:
+            params = SamplingParams(
+                max_tokens=request.max_tokens,
+                temperature=request.temperature,
+                seed=request.seed,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(request.id, {"prompt_token_ids": request.context.tolist()}, params)
+        while engine.has_unfinished_requests():
+            with _own_random_state():
+                finished = engine.step()
+            for output in finished:
+                yield self._completion(output)
+
+    def _completion(self, output: RequestOutput) -> Completion:
+        answer = output.outputs[0]
+        logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)
+        if answer.finish_reason not in ("stop", "length"):
+            raise AlarmError(f"request {output.request_id} ended with {answer.finish_reason!r}")
+        if len(logprobs) != len(answer.token_ids) or not np.isfinite(logprobs).all():
+            raise AlarmError(f"request {output.request_id} has log-probs {logprobs}")
+        return Completion(
+            request_id=output.request_id,
+            token_ids=np.array(answer.token_ids, dtype=np.int32),
+            logprobs=logprobs,
+            finish_reason=answer.finish_reason,
+            num_cached_tokens=output.num_cached_tokens or 0,
+            weight_version=self._version,
+        )
+
+    def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
+        """Replaces the weights in place and drops every cached key and value of the old ones."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
+        if not self._llm.reset_prefix_cache():
+            raise AlarmError("the prefix cache could not be reset: requests are still running")
+        self._version = version
+
+    def close(self) -> None:
+        """Before the process group that the engine joined is destroyed."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def _own_random_state() -> Iterator[None]:
+    """vLLM reseeds and draws from torch's global generator; the trainer's must not notice."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
