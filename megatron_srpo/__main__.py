@@ -1,0 +1,69 @@
+"""`megatron-srpo train | sft`: the command line, and the only place that sets up a process.
+
+Started plainly it is one process; under torchrun or srun, one of many.
+Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 what the user gave is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from megatron_srpo.config import load_config
+from megatron_srpo.environment import be_one_process_unless_launched, set_environment
+from megatron_srpo.types import AlarmError, InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    set_environment()
+    logging.captureWarnings(True)  # libraries' warnings go to the run's log, not to the terminal
+    be_one_process_unless_launched()
+    try:
+        cfg = load_config(arguments.config, arguments.overrides)
+        # Heavy imports come after the config is known to be right.
+        if arguments.command == "sft":
+            from megatron_srpo.sft import sft
+
+            sft(cfg)
+        else:
+            from megatron_srpo.train import train
+
+            train(cfg, replay=arguments.replay)
+    except InputError as error:
+        return _stop(error, code=2)
+    except AlarmError as error:
+        return _stop(error, code=1)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-srpo", description="Reinforcement learning with resets on Megatron-Core."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help in (
+        ("train", "train a policy with GRPO, RRPO or SRPO"),
+        ("sft", "warm-start a policy from demonstrations"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("config", type=Path, help="YAML file")
+        command.add_argument("overrides", nargs="*", help="section.key=value")
+        if name == "train":
+            command.add_argument(
+                "--replay", type=Path, metavar="RUN", help="train on this run's rollouts"
+            )
+    return parser
+
+
+def _stop(error: Exception, *, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0" or code == 1:
+        print(f"megatron-srpo: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""A config becomes objects, once, before the loop begins: no feature flag is left for the loop.
+
+Everything that the user gave is checked before the first process group or engine is built, and
+before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_srpo.advantages import GroupNormalized
+from megatron_srpo.algorithm import Roles, collect_groups
+from megatron_srpo.colocation import Colocation
+from megatron_srpo.config import Config
+from megatron_srpo.data import EpochOrder, PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.engines.megatron.model import family_of
+from megatron_srpo.engines.vllm.generator import VllmGenerator
+from megatron_srpo.evaluate import pass_at_1
+from megatron_srpo.hf_folder import tensor_shapes
+from megatron_srpo.journal import Journal, Replay
+from megatron_srpo.metrics import Sums
+from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
+from megatron_srpo.resets import reset_rule
+from megatron_srpo.rewards import REWARDS
+from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.seeding import counter_seed
+from megatron_srpo.sft import Retention
+from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
+from megatron_srpo.tokenizer import HFTokenizer
+from megatron_srpo.types import InputError, Prompt, Sample, Tokens
+from megatron_srpo.weight_sync import WeightSync, probe_context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the user's files hold."""
+
+    tokenizer: HFTokenizer
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    dropped: Sequence[str]
+    """Ids of training prompts that are too long and were left out."""
+    retained: Sequence[tuple[Tokens, Tokens]]
+    """Demonstrations of the retention loss; empty without one."""
+    shapes: dict[str, tuple[int, ...]]
+    """Hugging Face name -> shape of every tensor of the policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the loop works with."""
+
+    cfg: Config
+    mesh: Mesh
+    data: PromptSource
+    collect: Collect
+    credit: CreditRule
+    auxiliary: Callable[[int], list[Sample]]
+    """step -> samples of losses beside the policy loss"""
+    journal: Journal
+    learner: Learner
+    engine: VllmGenerator
+    weight_sync: WeightSync
+    evaluate: Callable[[], Sums]
+    gpu: Colocation
+    stopwatch: Stopwatch
+    max_mismatch: float
+    """Nats; infinite in a replay, whose rollouts another policy may have sampled."""
+
+
+def read_inputs(cfg: Config, *, num_replicas: int) -> Inputs:
+    """Raises `InputError` for the first thing that is wrong with the user's files."""
+    if cfg.algorithm.num_prompts % num_replicas:
+        raise InputError(
+            f"algorithm.num_prompts={cfg.algorithm.num_prompts} does not divide over "
+            f"{num_replicas} processes"
+        )
+    family_of(cfg.model)
+    tokenizer = HFTokenizer(cfg.model)
+    limits = {
+        "max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "long_prompts": cfg.data.long_prompts,
+    }
+    prompts, dropped = read_prompts(cfg.data.train, tokenizer, **limits)
+    held_out, _ = read_prompts(cfg.data.eval, tokenizer, **limits)
+    if cfg.algorithm.method == "oracle" and not all(prompt.solution for prompt in prompts):
+        raise InputError(f"{cfg.data.train}: algorithm.method=oracle needs `solution` in each row")
+    return Inputs(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        held_out=held_out[: cfg.eval.num_prompts],
+        dropped=dropped,
+        retained=read_demonstrations(cfg.retention.data, tokenizer) if cfg.retention.data else [],
+        shapes=tensor_shapes(cfg.model),
+    )
+
+
+def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Run:
+    """Collective: every rank builds its shard of both engines."""
+    stopwatch = Stopwatch()
+    learner = MegatronLearner(
+        cfg.model,
+        mesh,
+        dtype=getattr(torch, cfg.dtype),
+        temperature=cfg.rollout.temperature,
+        optimizer=cfg.optimizer,
+        num_steps=cfg.num_steps,
+    )
+    engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
+    roles = Roles(
+        generator=TimedGenerator(engine, stopwatch),
+        tokenizer=inputs.tokenizer,
+        reward=TimedReward(REWARDS[cfg.reward], stopwatch),
+        rule=reset_rule(cfg, inputs.tokenizer),
+    )
+    replica = {"replica": mesh.rank, "num_replicas": mesh.world_size}
+    live = partial(collect_groups, roles=roles, cfg=cfg)
+    return Run(
+        cfg=cfg,
+        mesh=mesh,
+        data=PromptSet(inputs.prompts, seed=counter_seed(cfg.seed, "data"), **replica),
+        collect=Replay(folder=RunFolder(replay).rollouts) if replay else live,
+        credit=GroupNormalized(),
+        auxiliary=_auxiliary(cfg, inputs, replica),
+        journal=Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica),
+        learner=learner,
+        engine=engine,
+        weight_sync=WeightSync(
+            learner=learner,
+            engine=engine,
+            shapes=inputs.shapes,
+            probe=probe_context(inputs.prompts[0], cfg.rollout.max_model_len),
+            temperature=cfg.rollout.temperature,
+            max_logprob_diff=cfg.max_logprob_diff,
+        ),
+        evaluate=partial(
+            pass_at_1,
+            inputs.held_out[mesh.rank :: mesh.world_size],
+            set_name=cfg.data.eval.stem,
+            roles=roles,
+            cfg=cfg,
+        ),
+        gpu=Colocation(stopwatch),
+        stopwatch=stopwatch,
+        max_mismatch=float("inf") if replay else cfg.max_logprob_diff,
+    )
+
+
+def _auxiliary(
+    cfg: Config, inputs: Inputs, replica: dict[str, int]
+) -> Callable[[int], list[Sample]]:
+    if not inputs.retained:
+        return lambda step: []
+    return Retention(
+        demonstrations=inputs.retained,
+        order=EpochOrder(len(inputs.retained), counter_seed(cfg.seed, "retention")),
+        num_samples=cfg.retention.num_samples,
+        weight=cfg.retention.weight,
+        num_rollouts=cfg.algorithm.num_prompts * cfg.algorithm.num_rollouts,
+        **replica,
+    ).samples

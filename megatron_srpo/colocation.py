@@ -1,0 +1,39 @@
+"""Who owns the device?   `with gpu.generating()` / `with gpu.training()`
+
+Trainer and rollout engine live in the same processes and take turns. A phase that begins inside
+another is a bug that would show on a GPU as corrupted or exhausted memory: here it fails at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_srpo.stopwatch import Stopwatch
+
+
+@dataclass(slots=True)
+class Colocation:
+    stopwatch: Stopwatch
+    _owner: str | None = field(default=None, init=False)
+
+    def generating(self) -> contextlib.AbstractContextManager[None]:
+        return self._phase("generate")
+
+    def training(self) -> contextlib.AbstractContextManager[None]:
+        return self._phase("train")
+
+    def syncing(self) -> contextlib.AbstractContextManager[None]:
+        """Both are needed: weights leave the one and enter the other."""
+        return self._phase("sync")
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        assert self._owner is None, f"phase {name!r} begins inside phase {self._owner!r}"
+        self._owner = name
+        try:
+            with self.stopwatch.phase(name):
+                yield
+        finally:
+            self._owner = None

@@ -1,0 +1,45 @@
+"""What a run leaves:  config.yaml  metrics.jsonl  log.txt  rollouts/  hf/  (wandb/ tensorboard/)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_srpo.config import Config, dump_config
+from megatron_srpo.types import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    root: Path
+
+    @property
+    def rollouts(self) -> Path:
+        return self.root / "rollouts"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def hf(self) -> Path:
+        """The trained policy in Hugging Face format."""
+        return self.root / "hf"
+
+    def check_free(self) -> None:
+        """Raises `InputError` if another run lives here, or something that is no folder."""
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"run_dir={self.root}: exists and is not a folder")
+        if self.root.is_dir() and any(self.root.iterdir()):
+            raise InputError(
+                f"run_dir={self.root}: already holds another run; name a new folder "
+                "(run_dir=PATH) or remove this one"
+            )
+
+    def create(self, cfg: Config) -> None:
+        self.rollouts.mkdir(parents=True)
+        (self.root / "config.yaml").write_text(dump_config(cfg))

@@ -1,0 +1,121 @@
+"""Warm start from demonstrations: the same learner, cross entropy instead of rewards.
+
+    prompt and response pairs -> samples with advantage 1 -> Hugging Face folder
+
+The localizer's retention loss during RL is made of the same samples (`Retention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_srpo.config import Config, SftConfig
+from megatron_srpo.data import EpochOrder, demonstration_sample, read_demonstrations
+from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
+from megatron_srpo.engines.megatron.model import is_tied
+from megatron_srpo.exchange import exchange
+from megatron_srpo.hf_folder import weight_files, write_folder
+from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.seeding import counter_seed
+from megatron_srpo.stopwatch import Stopwatch
+from megatron_srpo.telemetry import Telemetry
+from megatron_srpo.tokenizer import HFTokenizer
+from megatron_srpo.types import InputError, Sample, Tokens
+
+Demonstrations = Sequence[tuple[Tokens, Tokens]]
+
+
+def sft(cfg: Config) -> None:
+    """Train `sft.model` on `sft.data`; writes `<sft.run_dir>/hf`."""
+    if cfg.sft is None:
+        raise InputError("the config has no `sft` section")
+    folder = RunFolder(cfg.sft.run_dir)
+    folder.check_free()
+    tokenizer = HFTokenizer(cfg.sft.model)
+    weight_files(cfg.sft.model)
+    demonstrations = read_demonstrations(cfg.sft.data, tokenizer)
+    mesh = build_mesh()
+    if cfg.sft.batch_size % mesh.world_size:
+        raise InputError(
+            f"sft.batch_size={cfg.sft.batch_size} does not divide over {mesh.world_size} processes"
+        )
+    learner = MegatronLearner(
+        cfg.sft.model,
+        mesh,
+        dtype=getattr(torch, cfg.dtype),
+        temperature=1.0,
+        optimizer=cfg.sft.optimizer,
+        num_steps=cfg.sft.num_steps,
+    )
+    if mesh.rank == 0:
+        folder.create(cfg)
+    stopwatch = Stopwatch()
+    order = EpochOrder(len(demonstrations), counter_seed(cfg.seed, "sft"))
+    with Telemetry(
+        folder if mesh.rank == 0 else None,
+        cfg.log,
+        name="sft",
+        num_steps=cfg.sft.num_steps,
+        stopwatch=stopwatch,
+    ) as telemetry:
+        for step in range(cfg.sft.num_steps):
+            mine = _share(step, cfg.sft, mesh.rank, mesh.world_size)
+            samples = [
+                demonstration_sample(
+                    str(order[i]), *demonstrations[order[i]], weight=1.0, count=1.0
+                )
+                for i in mine
+            ]
+            batch = exchange(samples, mesh, max_tokens=cfg.micro_batch_tokens)
+            with stopwatch.phase("train"):
+                stats = learner.update(batch)
+            metrics = {"loss": stats["loss"], "grad_norm": stats["grad_norm"], **stopwatch.take()}
+            telemetry.log(step, metrics, f"loss {stats['loss']:.3f}")
+        if mesh.rank == 0:
+            tied = is_tied(cfg.sft.model)
+            write_folder(folder.hf, learner.export(), like=cfg.sft.model, tied=tied)
+            telemetry.say(f"warm-started policy: {folder.hf}")
+    destroy_mesh()
+
+
+def _share(step: int, cfg: SftConfig, rank: int, world_size: int) -> range:
+    """Positions of this rank's demonstrations of a step."""
+    return range(step * cfg.batch_size + rank, (step + 1) * cfg.batch_size, world_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Keeps the localizer from being forgotten: labelled demonstrations beside the policy loss.
+
+    Adds `weight` times the mean cross entropy of `num_samples` demonstrations to the loss of every
+    step, the same for all methods. It uses labels, so a run that has it must say so.
+    """
+
+    demonstrations: Demonstrations
+    order: EpochOrder
+    num_samples: int
+    """Per step, over all replicas."""
+    weight: float
+    num_rollouts: float
+    """The step's denominator, by which the learner will divide."""
+    replica: int
+    num_replicas: int
+
+    def samples(self, step: int) -> list[Sample]:
+        """This replica's share; they count nothing in the denominator."""
+        positions = range(
+            step * self.num_samples + self.replica, (step + 1) * self.num_samples, self.num_replicas
+        )
+        return [
+            demonstration_sample(
+                f"retention/{position}",
+                *self.demonstrations[self.order[position]],
+                weight=self.weight * self.num_rollouts / self.num_samples,
+                count=0.0,
+            )
+            for position in positions
+        ]

@@ -1,0 +1,81 @@
+"""Where does the time go?   Seconds by phase; an inner phase's seconds are not its outer one's."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from megatron_srpo.protocols import Generator, Reward
+from megatron_srpo.types import Completion, Prompt, Purpose, Request, Score
+
+PHASE_OF: dict[Purpose, str] = {
+    "base": "generate",
+    "extra": "suffix",
+    "suffix": "suffix",
+    "localize": "localize",
+    "eval": "eval",
+    "probe": "sync",
+}
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """`current` names the running phase, for displays and watchdogs."""
+
+    current: str = "other"
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _mark: float = field(default_factory=time.perf_counter)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        outer = self.current
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def take(self) -> dict[str, float]:
+        """`time/<phase>_s` since the last call, and `time/step_s`, their sum with all the rest."""
+        self._switch(self.current)
+        seconds, self._seconds = self._seconds, {}
+        total = sum(seconds.values())
+        named = {f"time/{name}_s": value for name, value in seconds.items()}
+        return {**named, "time/step_s": total}
+
+    def _switch(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._mark
+        self._mark, self.current = now, name
+
+
+@dataclass(frozen=True, slots=True)
+class TimedGenerator:
+    """Time inside the engine, by what the requests are for."""
+
+    generator: Generator
+    stopwatch: Stopwatch
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        if not requests:
+            return
+        phase = PHASE_OF[requests[0].purpose]
+        completions = self.generator.generate(requests)
+        while True:
+            with self.stopwatch.phase(phase):
+                completion = next(completions, None)
+            if completion is None:
+                return
+            yield completion
+
+
+@dataclass(frozen=True, slots=True)
+class TimedReward:
+    reward: Reward
+    stopwatch: Stopwatch
+
+    def __call__(self, prompt: Prompt, response: str) -> Score:
+        with self.stopwatch.phase("reward"):
+            return self.reward(prompt, response)

@@ -1,0 +1,115 @@
+"""The loop: prompts -> rollouts -> journal -> update -> weight sync, step by step."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_srpo.algorithm import to_samples
+from megatron_srpo.assembly import Run, assemble, read_inputs
+from megatron_srpo.config import Config
+from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
+from megatron_srpo.engines.megatron.model import is_tied
+from megatron_srpo.exchange import exchange
+from megatron_srpo.hf_folder import write_folder
+from megatron_srpo.metrics import Sums, combine, rollout_sums
+from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.telemetry import Telemetry
+from megatron_srpo.types import AlarmError, Group
+
+
+def train(cfg: Config, replay: Path | None = None) -> None:
+    """Run the config; or, with `replay`, train on the rollouts in that run's folder."""
+    folder = RunFolder(cfg.run_dir)
+    folder.check_free()
+    inputs = read_inputs(cfg, num_replicas=int(os.environ["WORLD_SIZE"]))
+    mesh = build_mesh()
+    run = assemble(cfg, inputs, mesh, replay)
+    if mesh.rank == 0:
+        folder.create(cfg)
+    mesh.gather(None)  # the folder is there before any rank writes into it
+    with Telemetry(
+        folder if mesh.rank == 0 else None,
+        cfg.log,
+        name=f"train {cfg.algorithm.method}",
+        num_steps=cfg.num_steps,
+        stopwatch=run.stopwatch,
+    ) as telemetry:
+        if inputs.dropped:
+            telemetry.say(
+                f"{len(inputs.dropped)} prompts are longer than {cfg.data.max_prompt_tokens} "
+                f"tokens and were left out: {', '.join(inputs.dropped[:5])}"
+            )
+        loop(run, telemetry)
+        if mesh.rank == 0:
+            tied = is_tied(cfg.model)
+            write_folder(folder.hf, run.learner.export(), like=cfg.model, tied=tied)
+        telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
+    mesh.gather(None)  # nobody leaves while another still works
+    run.engine.close()
+    destroy_mesh()
+
+
+def loop(run: Run, telemetry: Telemetry) -> None:
+    cfg, gpu = run.cfg, run.gpu
+    for step in range(cfg.num_steps):
+        evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}
+        prompts = run.data.next(cfg.algorithm.num_prompts)
+        with gpu.generating():
+            groups = run.collect(prompts, step=step)
+        with run.stopwatch.phase("journal"):
+            run.journal.write(step, groups)
+        samples = to_samples(groups, run.credit) + run.auxiliary(step)
+        batch = exchange(samples, run.mesh, max_tokens=cfg.micro_batch_tokens)
+        with gpu.training():
+            stats = run.learner.update(batch)
+        check_mismatch(stats, run.max_mismatch, step)
+        with gpu.syncing():
+            synced = run.weight_sync(version=step + 1)
+        metrics = step_metrics(run, groups, evaluated) | stats | worst(synced, run.mesh)
+        telemetry.log(step, metrics, summary(metrics))
+    last = combine(run.mesh.gather(run.evaluate()))
+    telemetry.log(cfg.num_steps, last, summary(last))
+
+
+def check_mismatch(stats: dict[str, float], bound: float, step: int) -> None:
+    """Raises `AlarmError` if trainer and rollout engine disagree on what was sampled."""
+    difference = stats.get("mismatch/logprob_abs_max", 0.0)
+    if not difference <= bound:
+        raise AlarmError(
+            f"step {step}: the trainer's log-probs differ from the rollout engine's by "
+            f"{difference:.2g} nats on a trained token (max_logprob_diff={bound:g})"
+        )
+
+
+def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
+    """All replicas' rollouts, and this process's time and memory."""
+    sums = rollout_sums(groups, run.cfg.thoughts.delimiter) | evaluated
+    metrics = combine(run.mesh.gather(sums))
+    seconds = run.stopwatch.take()
+    generated = sum(metrics.get(f"tokens/{kind}", 0.0) for kind in ("base", "localize", "suffix"))
+    speed = {"speed/tokens_per_s": generated / seconds["time/step_s"]}
+    memory = {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return metrics | seconds | speed | memory
+
+
+def worst(metrics: dict[str, float], mesh: Mesh) -> dict[str, float]:
+    """The largest value of any rank."""
+    shares = mesh.gather(metrics)
+    return {name: max(share[name] for share in shares) for name in metrics}
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """What the terminal shows of a step."""
+    shown = {
+        "reward": metrics.get("reward/mean"),
+        "pass": metrics.get("pass_rate/base"),
+        "suffix": metrics.get("pass_rate/suffix"),
+        "held-out": next((v for k, v in metrics.items() if k.startswith("eval/")), None),
+    }
+    words = [f"{name} {value:.2f}" for name, value in shown.items() if value is not None]
+    if "speed/tokens_per_s" in metrics:
+        words.append(f"{metrics['speed/tokens_per_s']:.0f} tok/s")
+    return "  ".join(words)

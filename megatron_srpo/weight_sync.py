@@ -1,0 +1,87 @@
+"""Policy weights -> running rollout engine: streamed, complete, versioned, verified.
+
+    learner.export() --(hf name, full tensor)--> generator.load_weights()
+
+After each load both engines are asked for the log-probs of a short probe. The probe continues a
+prefix that was cached *before* the load, so it shows a weight that did not arrive, a tied head
+left behind and a prefix cache that was not reset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_srpo.protocols import Generator, Learner, NamedTensors, WeightReceiver
+from megatron_srpo.seeding import counter_seed
+from megatron_srpo.types import AlarmError, Prompt, Request, Tokens
+
+PROBE_TOKENS = 8
+"""Sampled by the probe."""
+
+
+class RolloutEngine(Generator, WeightReceiver, Protocol):
+    """What the learner's weights go to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSync:
+    learner: Learner
+    engine: RolloutEngine
+    shapes: Mapping[str, tuple[int, ...]]
+    """Hugging Face name -> shape: what must arrive, each once."""
+    probe: Tokens
+    """[T] context of the probe, longer than a block of the prefix cache."""
+    temperature: float
+    max_logprob_diff: float
+
+    def __call__(self, *, version: int) -> dict[str, float]:
+        """Raises `AlarmError` if the engines differ by more than `max_logprob_diff` nats."""
+        self._ask(version, max_tokens=1)  # the old weights' keys and values are cached now
+        stream = complete(self.learner.export(), self.shapes)
+        self.engine.load_weights(stream, version=version)
+        token_ids, logprobs = self._ask(version, max_tokens=PROBE_TOKENS)
+        (expected,) = self.learner.logprobs([np.concatenate([self.probe, token_ids])])
+        difference = float(np.abs(expected[-len(token_ids) :] - logprobs).max())
+        if not difference <= self.max_logprob_diff:
+            raise AlarmError(
+                f"after weight sync {version} the rollout engine's log-probs differ from the "
+                f"trainer's by {difference:.2g} nats (max_logprob_diff={self.max_logprob_diff:g})"
+            )
+        return {"sync/probe_logprob_abs_max": difference}
+
+    def _ask(self, version: int, max_tokens: int) -> tuple[Tokens, np.ndarray]:
+        request = Request(
+            id=f"probe/{version}/{max_tokens}",
+            purpose="probe",
+            context=self.probe,
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            seed=counter_seed("probe", version),
+        )
+        (completion,) = self.engine.generate([request])
+        return completion.token_ids, completion.logprobs
+
+
+def complete(named_tensors: NamedTensors, shapes: Mapping[str, tuple[int, ...]]) -> NamedTensors:
+    """The same stream; raises `AlarmError` unless every name comes once, in its shape."""
+    missing = dict(shapes)
+    for name, tensor in named_tensors:
+        expected = missing.pop(name, None)
+        if expected != tuple(tensor.shape):
+            raise AlarmError(
+                f"weight sync: {name} came with shape {tuple(tensor.shape)}, expected "
+                + (f"{expected}" if expected else "no such tensor, or it came before")
+            )
+        yield name, tensor
+    if missing:
+        raise AlarmError(f"weight sync: {len(missing)} tensors did not come, {min(missing)} first")
+
+
+def probe_context(prompt: Prompt, max_model_len: int) -> Tokens:
+    """A prompt, repeated until it fills blocks of any prefix cache."""
+    length = min(80, max_model_len - PROBE_TOKENS)
+    return np.resize(prompt.token_ids, length)
