@@ -1,0 +1,29 @@
+"""What all tests share: the environment of the command line, one process group, a tiny policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_srpo.environment import be_one_process_unless_launched, set_environment
+
+set_environment()
+be_one_process_unless_launched()
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Any:
+    """This process alone; engines of all tests share it."""
+    from megatron_srpo.engines.megatron.mesh import build_mesh
+
+    return build_mesh()
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 with biases, grouped key-value heads and a tied head, and its tokenizer."""
+    from tests.tiny import write_policy
+
+    return write_policy(tmp_path_factory.mktemp("policy"), seed=0)
