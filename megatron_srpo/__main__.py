@@ -18,21 +18,25 @@ from megatron_srpo.types import AlarmError, InputError
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
     arguments = _parser().parse_args(argv)
     set_environment()
     logging.captureWarnings(True)  # libraries' warnings go to the run's log, not to the terminal
     be_one_process_unless_launched()
     try:
         cfg = load_config(arguments.config, arguments.overrides)
-        # Heavy imports come after the config is known to be right.
+        # Imported step by step: what the user gave is checked before the engines' long imports.
         if arguments.command == "sft":
             from megatron_srpo.sft import sft
 
             sft(cfg)
         else:
+            from megatron_srpo.inputs import read_inputs
+
+            inputs = read_inputs(cfg, num_replicas=int(os.environ["WORLD_SIZE"]))
             from megatron_srpo.train import train
 
-            train(cfg, replay=arguments.replay)
+            train(cfg, inputs, replay=arguments.replay)
     except InputError as error:
         return _stop(error, code=2)
     except AlarmError as error:

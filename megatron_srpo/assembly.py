@@ -1,12 +1,8 @@
-"""A config becomes objects, once, before the loop begins: no feature flag is left for the loop.
-
-Everything that the user gave is checked before the first process group or engine is built, and
-before anything is written.
-"""
+"""A config becomes objects, once, before the loop begins: no feature flag is left for the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +13,12 @@ from megatron_srpo.advantages import GroupNormalized
 from megatron_srpo.algorithm import Roles, collect_groups
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
-from megatron_srpo.data import EpochOrder, PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.data import EpochOrder, PromptSet
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.model import family_of
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import pass_at_1
-from megatron_srpo.hf_folder import tensor_shapes
+from megatron_srpo.inputs import Inputs
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
@@ -33,24 +28,8 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
 from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
-from megatron_srpo.tokenizer import HFTokenizer
-from megatron_srpo.types import InputError, Prompt, Sample, Tokens
+from megatron_srpo.types import Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What the user's files hold."""
-
-    tokenizer: HFTokenizer
-    prompts: Sequence[Prompt]
-    held_out: Sequence[Prompt]
-    dropped: Sequence[str]
-    """Ids of training prompts that are too long and were left out."""
-    retained: Sequence[tuple[Tokens, Tokens]]
-    """Demonstrations of the retention loss; empty without one."""
-    shapes: dict[str, tuple[int, ...]]
-    """Hugging Face name -> shape of every tensor of the policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,33 +52,6 @@ class Run:
     stopwatch: Stopwatch
     max_mismatch: float
     """Nats; infinite in a replay, whose rollouts another policy may have sampled."""
-
-
-def read_inputs(cfg: Config, *, num_replicas: int) -> Inputs:
-    """Raises `InputError` for the first thing that is wrong with the user's files."""
-    if cfg.algorithm.num_prompts % num_replicas:
-        raise InputError(
-            f"algorithm.num_prompts={cfg.algorithm.num_prompts} does not divide over "
-            f"{num_replicas} processes"
-        )
-    family_of(cfg.model)
-    tokenizer = HFTokenizer(cfg.model)
-    limits = {
-        "max_prompt_tokens": cfg.data.max_prompt_tokens,
-        "long_prompts": cfg.data.long_prompts,
-    }
-    prompts, dropped = read_prompts(cfg.data.train, tokenizer, **limits)
-    held_out, _ = read_prompts(cfg.data.eval, tokenizer, **limits)
-    if cfg.algorithm.method == "oracle" and not all(prompt.solution for prompt in prompts):
-        raise InputError(f"{cfg.data.train}: algorithm.method=oracle needs `solution` in each row")
-    return Inputs(
-        tokenizer=tokenizer,
-        prompts=prompts,
-        held_out=held_out[: cfg.eval.num_prompts],
-        dropped=dropped,
-        retained=read_demonstrations(cfg.retention.data, tokenizer) if cfg.retention.data else [],
-        shapes=tensor_shapes(cfg.model),
-    )
 
 
 def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Run:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,6 +25,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
+    """A group of fields: frozen, and without a place for unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
@@ -205,7 +207,7 @@ class Config(Section):
     def _template_formats(self) -> Config:
         try:
             self.localize.template.format(prompt="", response="", steps="")
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"localize.template: {error!r} is none of {{prompt}} {{response}} {{steps}} "
                 "(a literal brace is written twice)"
@@ -224,12 +226,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         if "=" not in override:
             raise InputError(f"override {override!r}: must look like section.key=value")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(tree, resolve=True)
+        tree = OmegaConf.load(path)
+        if not isinstance(tree, DictConfig):
+            raise InputError(f"{path}: must be a mapping of keys to values")
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except OSError as error:  # one without a number is OmegaConf's, about a lone number
+        reason = error.strerror or "must be a mapping of keys to values"
+        raise InputError(f"{path}: {reason}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must be a mapping of keys to values")
     _refuse_unknown_keys(values, path)
     try:
         return Config.model_validate(values)
@@ -243,7 +249,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(cfg: Config) -> str:
     """The resolved config as YAML, every default written out."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text.replace("${", "\\${")  # loaded again, it is a text and no interpolation
 
 
 def field_names(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:

@@ -26,6 +26,8 @@ def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
         raise InputError(f"{path}: no such data file")
     if path.suffix not in LOADERS:
         raise InputError(f"{path}: must end in one of {', '.join(LOADERS)}")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: holds no rows")
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
@@ -136,7 +138,13 @@ class PromptSet:
         self._position = 0
 
     def next(self, num_prompts: int) -> list[Prompt]:
-        """This replica's consecutive share of the next `num_prompts` of all replicas."""
+        """This replica's consecutive share of the next `num_prompts` of all replicas.
+
+        A step holds no prompt twice: an epoch's last prompts, too few for a step, are left out.
+        """
+        left = -self._position % len(self._prompts) or len(self._prompts)
+        if left < num_prompts:
+            self._position += left
         share = num_prompts // self._num_replicas
         first = self._position + self._replica * share
         self._position += num_prompts

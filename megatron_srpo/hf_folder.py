@@ -19,24 +19,31 @@ from megatron_srpo.types import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+"""Not copied into a new folder: they hold the old weights."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands. Raises `InputError` where there is none."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a Hugging Face model folder (it has no config.json)")
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it."""
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        files = {name: folder / file for name, file in weight_map.items()}
+        index = _read_json(folder / INDEX)
+        if "weight_map" not in index:
+            raise InputError(f"{folder / INDEX}: has no `weight_map`")
+        files = {name: folder / file for name, file in index["weight_map"].items()}
         missing = sorted({str(path) for path in files.values() if not path.is_file()})
         if missing:
             raise InputError(f"{folder}: {INDEX} names {missing[0]}, which is not there")
@@ -80,7 +87,7 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in sorted(like.iterdir()):
-        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+        if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.name != INDEX:
             shutil.copyfile(file, partial / file.name)
     weights = {
         name: tensor.detach().contiguous().clone()

@@ -103,12 +103,14 @@ def _row(group: Group) -> dict[str, Any]:
 
 
 def _read_part(path: Path) -> list[Group]:
+    if not path.with_suffix(".npz").is_file():
+        raise InputError(f"{path.with_suffix('.npz')}: is missing")
     with np.load(path.with_suffix(".npz")) as arrays:
         prompt_ids = _unflat(arrays["prompt_token_ids"], arrays["prompt_lengths"])
         token_ids = iter(_unflat(arrays["token_ids"], arrays["lengths"]))
         logprobs = iter(_unflat(arrays["logprobs"], arrays["lengths"]))
     groups = []
-    for line, ids in zip(path.read_text().split("\n")[:-1], prompt_ids, strict=True):
+    for line, ids in zip(path.read_text("utf-8").split("\n")[:-1], prompt_ids, strict=True):
         row = json.loads(line)
         known = row["prompt"] | {"solution": tuple(row["prompt"]["solution"])}
         prompt = Prompt(**known, token_ids=ids)

@@ -41,7 +41,7 @@ def parse_boxed(answer: str, num_thoughts: int) -> Verdict:
     >>> parse_boxed(r"Step 2 is fine. \boxed{3}", 5)
     2
     """
-    boxed = re.findall(r"\\boxed\{\s*(\d+)\s*\}", answer)
+    boxed = re.findall(r"\\boxed\{\s*(\d{1,9})\s*\}", answer)
     if not boxed or int(boxed[-1]) > num_thoughts:
         return "unparsed"
     return int(boxed[-1]) - 1 if int(boxed[-1]) else "no_error"

@@ -68,6 +68,7 @@ def _add_resets(groups: Sequence[Group], by_id: dict[str, Rollout], delimiter: s
         add("reset/moved_rate", reset.moved)
         add("localize/parse_failed_rate", reset.cause == "unparsed")
         add("localize/no_error_rate", reset.cause == "no_error")
+        add("localize/too_long_rate", reset.cause == "too_long")
         truth = first_wrong_thought(seed, delimiter)
         if truth is None:
             continue

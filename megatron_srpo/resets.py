@@ -46,26 +46,27 @@ class SelfReset:
     cfg: Config
 
     def choose(self, seeds: Sequence[Rollout], generator: Generator, step: int) -> list[Reset]:
-        requests = [
-            Request(
-                id=f"{seed.id}/localize",
-                purpose="localize",
-                context=localization_context(
-                    seed, self.tokenizer, self.cfg.localize, self.cfg.thoughts.delimiter
-                ),
-                max_tokens=self.cfg.localize.max_tokens,
-                temperature=self.cfg.localize.temperature,
-                seed=counter_seed(self.cfg.seed, step, seed.prompt.id, "localize", 0),
-            )
-            for seed in seeds
-        ]
-        answers = {answer.request_id: answer for answer in generator.generate(requests)}
-        return [
-            self._read(seed, answers[request.id])
-            for seed, request in zip(seeds, requests, strict=True)
-        ]
+        requests = {seed.id: self._question(seed, step) for seed in seeds}
+        longest = self.cfg.rollout.max_model_len - self.cfg.localize.max_tokens
+        asked = [request for request in requests.values() if len(request.context) <= longest]
+        answers = {answer.request_id: answer for answer in generator.generate(asked)}
+        return [self._read(seed, answers.get(requests[seed.id].id)) for seed in seeds]
 
-    def _read(self, seed: Rollout, answer: Completion) -> Reset:
+    def _question(self, seed: Rollout, step: int) -> Request:
+        return Request(
+            id=f"{seed.id}/localize",
+            purpose="localize",
+            context=localization_context(
+                seed, self.tokenizer, self.cfg.localize, self.cfg.thoughts.delimiter
+            ),
+            max_tokens=self.cfg.localize.max_tokens,
+            temperature=self.cfg.localize.temperature,
+            seed=counter_seed(self.cfg.seed, step, seed.prompt.id, "localize", 0),
+        )
+
+    def _read(self, seed: Rollout, answer: Completion | None) -> Reset:
+        if answer is None:
+            return Reset(seed_id=seed.id, thought=0, cause="too_long")
         text = "".join(self.tokenizer.pieces(answer.token_ids))
         verdict = PARSERS[self.cfg.localize.parser](text, len(seed.thoughts))
         return Reset(

@@ -42,4 +42,4 @@ class RunFolder:
 
     def create(self, cfg: Config) -> None:
         self.rollouts.mkdir(parents=True)
-        (self.root / "config.yaml").write_text(dump_config(cfg))
+        (self.root / "config.yaml").write_text(dump_config(cfg), "utf-8")

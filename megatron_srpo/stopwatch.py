@@ -73,6 +73,8 @@ class TimedGenerator:
 
 @dataclass(frozen=True, slots=True)
 class TimedReward:
+    """Time in the reward."""
+
     reward: Reward
     stopwatch: Stopwatch
 

@@ -63,8 +63,8 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         if self._folder is None:
             return self
-        self._metrics = self._exits.enter_context(self._folder.metrics.open("a"))
-        self._log = self._exits.enter_context(self._folder.log.open("a"))
+        self._metrics = self._exits.enter_context(self._folder.metrics.open("a", encoding="utf-8"))
+        self._log = self._exits.enter_context(self._folder.log.open("a", encoding="utf-8"))
         handler = logging.StreamHandler(self._log)
         logging.getLogger("py.warnings").addHandler(handler)
         self._exits.callback(logging.getLogger("py.warnings").removeHandler, handler)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from megatron_srpo.hf_folder import read_config
 from megatron_srpo.types import InputError, Tokens
@@ -19,12 +19,14 @@ class HFTokenizer:
     def __init__(self, folder: Path) -> None:
         """Raises `InputError` if the folder has no tokenizer, or one that is not the model's."""
         model = read_config(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise InputError(f"{folder}: no tokenizer (it has no tokenizer.json)")
+        # tokenizer.json as it stands: AutoTokenizer picks a class by the model's type, and that
+        # class may put its own pre-tokenizer and tokens in the file's place.
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: no readable tokenizer ({_one_line(error)})") from error
-        if not self._tokenizer.is_fast:
-            raise InputError(f"{folder}: the tokenizer has no fast form (tokenizer.json)")
         largest = max(self._tokenizer.get_vocab().values())
         if largest >= model["vocab_size"]:
             raise InputError(

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_srpo.algorithm import to_samples
-from megatron_srpo.assembly import Run, assemble, read_inputs
+from megatron_srpo.assembly import Run, assemble
 from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.engines.megatron.model import is_tied
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import write_folder
+from megatron_srpo.inputs import Inputs
 from megatron_srpo.metrics import Sums, combine, rollout_sums
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
 
 
-def train(cfg: Config, replay: Path | None = None) -> None:
+def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
     """Run the config; or, with `replay`, train on the rollouts in that run's folder."""
     folder = RunFolder(cfg.run_dir)
-    folder.check_free()
-    inputs = read_inputs(cfg, num_replicas=int(os.environ["WORLD_SIZE"]))
     mesh = build_mesh()
     run = assemble(cfg, inputs, mesh, replay)
     if mesh.rank == 0:
@@ -53,6 +51,7 @@ def train(cfg: Config, replay: Path | None = None) -> None:
 
 
 def loop(run: Run, telemetry: Telemetry) -> None:
+    """Every step: generate, journal, update, sync. An evaluation's policy is its step's sampler."""
     cfg, gpu = run.cfg, run.gpu
     for step in range(cfg.num_steps):
         evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}

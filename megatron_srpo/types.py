@@ -27,6 +27,7 @@ class AlarmError(RuntimeError):
 
 
 def freeze_arrays(noun: object) -> None:
+    """Makes every array field of a dataclass read-only."""
     for entry in fields(noun):  # type: ignore[arg-type]
         value = getattr(noun, entry.name)
         if isinstance(value, np.ndarray):
@@ -163,8 +164,9 @@ class Reset:
     seed_id: str
     thought: int
     """Index of the first thought that is not kept; 0 restarts from the bare prompt."""
-    cause: Literal["random", "oracle", "named", "unparsed", "no_error"]
-    """Who chose it; `unparsed` and `no_error` are answers that name no thought."""
+    cause: Literal["random", "oracle", "named", "unparsed", "no_error", "too_long"]
+    """Who chose it. Answers `unparsed` and `no_error` name no thought, and a question that is
+    `too_long` for the engine is not asked: these restart from the prompt."""
     answer: str = ""
     """What the policy said when it was asked."""
     num_tokens: int = 0

@@ -41,8 +41,11 @@ class WeightSync:
     def __call__(self, *, version: int) -> dict[str, float]:
         """Raises `AlarmError` if the engines differ by more than `max_logprob_diff` nats."""
         self._ask(version, max_tokens=1)  # the old weights' keys and values are cached now
-        stream = complete(self.learner.export(), self.shapes)
+        arrived: set[str] = set()
+        stream = checked(self.learner.export(), self.shapes, arrived)
         self.engine.load_weights(stream, version=version)
+        if missing := self.shapes.keys() - arrived:
+            raise AlarmError(f"weight sync {version}: {min(missing)} and maybe more did not arrive")
         token_ids, logprobs = self._ask(version, max_tokens=PROBE_TOKENS)
         (expected,) = self.learner.logprobs([np.concatenate([self.probe, token_ids])])
         difference = float(np.abs(expected[-len(token_ids) :] - logprobs).max())
@@ -63,22 +66,25 @@ class WeightSync:
             seed=counter_seed("probe", version),
         )
         (completion,) = self.engine.generate([request])
+        assert max_tokens == 1 or completion.weight_version == version, (
+            "the version was not stamped"
+        )
         return completion.token_ids, completion.logprobs
 
 
-def complete(named_tensors: NamedTensors, shapes: Mapping[str, tuple[int, ...]]) -> NamedTensors:
-    """The same stream; raises `AlarmError` unless every name comes once, in its shape."""
-    missing = dict(shapes)
+def checked(
+    named_tensors: NamedTensors, shapes: Mapping[str, tuple[int, ...]], arrived: set[str]
+) -> NamedTensors:
+    """The same stream; raises `AlarmError` unless a name is expected, new, and of its shape."""
     for name, tensor in named_tensors:
-        expected = missing.pop(name, None)
+        expected = shapes.get(name) if name not in arrived else None
         if expected != tuple(tensor.shape):
             raise AlarmError(
                 f"weight sync: {name} came with shape {tuple(tensor.shape)}, expected "
                 + (f"{expected}" if expected else "no such tensor, or it came before")
             )
+        arrived.add(name)
         yield name, tensor
-    if missing:
-        raise AlarmError(f"weight sync: {len(missing)} tensors did not come, {min(missing)} first")
 
 
 def probe_context(prompt: Prompt, max_model_len: int) -> Tokens:

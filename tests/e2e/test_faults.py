@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_srpo.algorithm import collect_groups
-from megatron_srpo.assembly import Run, assemble, read_inputs
+from megatron_srpo.assembly import Run, assemble
 from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.inputs import read_inputs
 from megatron_srpo.protocols import Collect, Learner, NamedTensors
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopwatch import Stopwatch

@@ -70,9 +70,7 @@ def main() -> None:
     samples = random_samples(NUM_SAMPLES, seed=1)
     if arguments.shuffle:
         random.Random(2).shuffle(samples)
-    batch = exchange(
-        samples[mesh.rank :: mesh.world_size], mesh, max_tokens=arguments.max_tokens
-    )
+    batch = exchange(samples[mesh.rank :: mesh.world_size], mesh, max_tokens=arguments.max_tokens)
     stats = learner.backward(batch)
     gradients = hf_gradients(learner, mesh)
     if mesh.rank == 0:

@@ -152,9 +152,7 @@ def test_entropy_is_that_of_the_tempered_distribution(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_goes_in_and_comes_out_bit_equal(
-    mesh: Mesh, tmp_path: Path, tied: bool
-) -> None:
+def test_a_folder_goes_in_and_comes_out_bit_equal(mesh: Mesh, tmp_path: Path, tied: bool) -> None:
     folder = write_policy(tmp_path / "in", seed=7, tied=tied)
     learner = build_learner(folder, mesh)
     write_folder(tmp_path / "out", learner.export(), like=folder, tied=tied)

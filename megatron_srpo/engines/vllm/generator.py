@@ -16,8 +16,14 @@ from megatron_srpo.config import RolloutConfig
 from megatron_srpo.protocols import NamedTensors
 from megatron_srpo.types import AlarmError, Completion, Request
 
-CPU_BLOCK_TOKENS = 32
-"""Smallest block of the prefix cache on CPUs: a prefix is reused in multiples of it."""
+CPU_ARGUMENTS = {
+    "enforce_eager": True,
+    # The smallest block there: a cached prefix is reused in multiples of it.
+    "block_size": 32,
+    # vLLM 0.32 rewinds the generator of a seeded request whose prefill it cuts into chunks, and
+    # CPU generators cannot be rewound.
+    "enable_chunked_prefill": False,
+}
 
 
 class VllmGenerator:
@@ -25,7 +31,6 @@ class VllmGenerator:
 
     def __init__(self, folder: Path, cfg: RolloutConfig, *, dtype: str) -> None:
         """Torch's process group must exist already: the engine joins it (`external_launcher`)."""
-        on_cpu = not torch.cuda.is_available()
         with _own_random_state():
             self._llm = LLM(
                 str(folder),
@@ -36,11 +41,10 @@ class VllmGenerator:
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
                 distributed_executor_backend="external_launcher",
-                enforce_eager=on_cpu,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 seed=0,  # requests carry their own seeds
-                **({"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}),
+                **({} if torch.cuda.is_available() else CPU_ARGUMENTS),
             )
         self._version = 0
 

@@ -1,0 +1,106 @@
+"""Group-normalised credit against a float64 reference and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_srpo.advantages import GroupNormalized
+from megatron_srpo.types import Group
+from tests.unit.builders import group, rewarded, rollout
+
+VALUES = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))
+
+
+def advantages(of: Group) -> list[float]:
+    """One per rollout, read at its last token."""
+    (credits,) = GroupNormalized().assign([of])
+    return [float(advantage[-1]) for _, advantage in credits]
+
+
+def test_one_right_of_four_gets_root_three_and_the_others_minus_a_root_third():
+    # mean 1/4, population std sqrt(3)/4; the sample std would give 1.5 and -0.5.
+    expected = [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]
+    assert advantages(rewarded(1, 0, 0, 0)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_graded_rewards_are_divided_by_their_own_spread():
+    # 0 1 2 5: mean 2, squares 4 1 0 9, variance 14/4.
+    std = math.sqrt(3.5)
+    expected = [-2 / std, -1 / std, 0, 3 / std]
+    assert advantages(rewarded(0, 1, 2, 5)) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.lists(VALUES, min_size=2, max_size=12))
+def test_advantages_are_the_float64_reference_for_any_rewards(rewards: list[float]):
+    std = statistics.pstdev(rewards)
+    mean = statistics.fmean(rewards)
+    same = len(set(rewards)) == 1
+    expected = [0.0 if same else (reward - mean) / std for reward in rewards]
+    assert advantages(rewarded(*rewards)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, -7.3])
+def test_a_group_without_signal_gets_exactly_zero(reward: float):
+    # The mean of equal floats need not equal them: 0.1 summed three times is not 0.3.
+    for size in (1, 3, 7):
+        assert advantages(rewarded(*[reward] * size)) == [0.0] * size
+
+
+def test_each_group_is_measured_against_itself_alone():
+    right, mixed = rewarded(1, 1, 1), rewarded(1, 0)
+    first, second = GroupNormalized().assign([right, mixed])
+    assert [float(advantage[0]) for _, advantage in first] == [0, 0, 0]
+    assert [float(advantage[0]) for _, advantage in second] == [1, -1]
+
+
+def test_weights_are_one_over_the_number_of_own_tokens_and_zero_on_the_copied_prefix():
+    whole, continued = rollout("abc", reward=1.0), rollout("abcde", num_copied=2)
+    (((weight, advantage), (own_weight, own_advantage)),) = GroupNormalized().assign(
+        [group(whole, continued)]
+    )
+    assert weight.tolist() == [0.25] * 4
+    assert advantage.tolist() == [1] * 4
+    assert own_weight.tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25]
+    assert own_advantage.tolist() == [0, 0, -1, -1, -1, -1]
+
+
+def test_a_reward_that_failed_is_no_reward_of_zero():
+    failed = rollout("abc", failure="timeout")
+    right, wrong = rollout("abc", reward=1.0), rollout("abc")
+    assert advantages(group(right, failed, wrong, right)) == pytest.approx(
+        [0.5**0.5, 0, -(2**0.5), 0.5**0.5], rel=1e-6
+    )
+    ((_, (weight, advantage), _, _),) = GroupNormalized().assign(
+        [group(right, failed, wrong, right)]
+    )
+    assert weight.tolist() == advantage.tolist() == [0] * 4
+
+
+def test_a_group_of_failed_rewards_only_has_no_weight_and_no_nan():
+    failed = rollout("ab", failure="timeout")
+    for weight, advantage in GroupNormalized().assign([group(failed, failed)])[0]:
+        assert weight.tolist() == advantage.tolist() == [0, 0, 0]
+
+
+def test_a_failed_rewards_value_does_not_make_a_group_look_as_if_it_had_signal():
+    failed = rollout("ab", reward=5.0, failure="timeout")
+    right = rollout("ab", reward=1.0)
+    assert advantages(group(right, failed, right)) == [0, 0, 0]
+
+
+@given(st.lists(VALUES, min_size=2, max_size=8), st.floats(0.5, 20), VALUES)
+def test_shifting_and_scaling_rewards_changes_no_advantage(
+    rewards: list[float], scale: float, shift: float
+):
+    moved = [scale * reward + shift for reward in rewards]
+    if len(set(rewards)) > 1:
+        # Rewards lie on a grid of 1/1000, so scaling keeps them apart.
+        np.testing.assert_allclose(
+            advantages(rewarded(*moved)), advantages(rewarded(*rewards)), atol=1e-4
+        )

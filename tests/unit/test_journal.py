@@ -1,0 +1,181 @@
+"""What is written can be read back, is whole or absent, and is the same bytes every time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_srpo.journal import Journal, Replay, read_step
+from megatron_srpo.types import Group, InputError, Prompt, Reset, Score, Thought
+from tests.unit.builders import group, prompt, rollout
+
+HARD_TEXT = 'a "quote", a \\ backslash,\u2028 \u2029 \x85 \r\n\t\0 é 漢 🙂'
+
+
+def step_of(id: str) -> list[Group]:
+    """Two groups of one prompt, every field with a value of its own."""
+    asked = Prompt(
+        id=id,
+        text=HARD_TEXT,
+        token_ids=np.array([7, 8, 9], np.int32),
+        answer='"1"\u2028',
+        solution=("5\n", "8"),
+    )
+    base = group(
+        rollout("5\n1", id=f"{id}/0", of=asked, reward=0.1, weight_version=3),
+        rollout(HARD_TEXT, id=f"{id}/1", of=asked, failure="no\nverdict", num_cached_tokens=5),
+        rollout("12345", id=f"{id}/2", of=asked, finish_reason="length"),
+    )
+    reset = Reset(
+        seed_id=f"{id}/2",
+        thought=1,
+        cause="unparsed",
+        answer=HARD_TEXT,
+        num_tokens=4,
+        num_cached_tokens=6,
+        moved=True,
+    )
+    suffix = group(rollout("1234\n1", id=f"{id}/s", of=asked, num_copied=4), reset=reset)
+    return [base, suffix]
+
+
+def journal(folder: Path, replica: int = 0, num_replicas: int = 1) -> Journal:
+    return Journal(folder=folder, replica=replica, num_replicas=num_replicas)
+
+
+def plain(value: Any) -> Any:
+    """Nouns as nested tuples, arrays with their type, so that == compares all there is."""
+    if is_dataclass(value):
+        return type(value).__name__, [
+            (f.name, plain(getattr(value, f.name))) for f in fields(value)
+        ]
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.tolist()
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def test_every_field_of_every_group_comes_back_as_it_was(tmp_path: Path):
+    groups = step_of("p") + step_of("q")
+    journal(tmp_path).write(12, groups)
+    assert plain(read_step(tmp_path, 12)) == plain(groups)
+
+
+def test_the_comparison_of_this_file_sees_every_field():
+    groups = step_of("p")
+    seen = str(plain(groups))
+    for noun in (Group, Prompt, Reset, Score, Thought):
+        assert all(f"'{field.name}'" in seen for field in fields(noun))
+
+
+def test_what_was_read_is_read_only_and_its_rollouts_share_their_prompt(tmp_path: Path):
+    journal(tmp_path).write(0, step_of("p"))
+    base, _ = read_step(tmp_path, 0)
+    assert all(r.prompt is base.prompt for r in base.rollouts)
+    with pytest.raises(ValueError, match="read-only"):
+        base.rollouts[0].token_ids[0] = 0
+
+
+def test_the_same_groups_make_the_same_bytes(tmp_path: Path):
+    contents = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        journal(tmp_path / name).write(3, step_of("p"))
+        contents.append({f.name: f.read_bytes() for f in sorted((tmp_path / name).iterdir())})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"000003-00000-of-00001.jsonl", "000003-00000-of-00001.npz"}
+
+
+def test_a_step_that_was_read_and_written_again_has_the_same_bytes(tmp_path: Path):
+    journal(tmp_path).write(3, step_of("p") + step_of("q"))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    journal(tmp_path).write(3, read_step(tmp_path, 3))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_each_group_is_one_line_whatever_its_text_holds(tmp_path: Path):
+    journal(tmp_path).write(0, step_of("p"))
+    content = (tmp_path / "000000-00000-of-00001.jsonl").read_bytes()
+    assert content.count(b"\n") == 2 and content.endswith(b"\n")
+
+
+def test_replicas_are_read_in_their_order(tmp_path: Path):
+    for replica in (1, 0, 2):
+        journal(tmp_path, replica, 3).write(5, step_of(f"p{replica}"))
+    assert [g.prompt.id for g in read_step(tmp_path, 5)] == ["p0", "p0", "p1", "p1", "p2", "p2"]
+
+
+def test_a_missing_part_is_an_error_that_counts_the_parts(tmp_path: Path):
+    for replica in (0, 2):
+        journal(tmp_path, replica, 3).write(5, step_of(f"p{replica}"))
+    with pytest.raises(InputError, match="step 5 has 2 of 3 parts"):
+        read_step(tmp_path, 5)
+
+
+def test_a_missing_step_is_an_error_that_names_it(tmp_path: Path):
+    journal(tmp_path).write(5, step_of("p"))
+    with pytest.raises(InputError, match="no rollouts of step 6"):
+        read_step(tmp_path, 6)
+
+
+def test_a_half_written_part_is_ignored(tmp_path: Path):
+    # What kill -9 leaves: arrays whole or not, the lines still under their temporary name.
+    journal(tmp_path).write(5, step_of("p"))
+    (tmp_path / "000005-00000-of-00001.jsonl").rename(
+        tmp_path / "000005-00000-of-00001.jsonl.partial"
+    )
+    with pytest.raises(InputError, match="no rollouts of step 5"):
+        read_step(tmp_path, 5)
+    journal(tmp_path).write(5, step_of("q"))
+    assert [g.prompt.id for g in read_step(tmp_path, 5)] == ["q", "q"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# Red while arrays that were removed raise FileNotFoundError instead of naming the part.
+def test_lines_without_their_arrays_are_a_missing_part(tmp_path: Path):
+    journal(tmp_path).write(5, step_of("p"))
+    (tmp_path / "000005-00000-of-00001.npz").unlink()
+    with pytest.raises(InputError, match="000005-00000-of-00001"):
+        read_step(tmp_path, 5)
+
+
+def test_a_replay_gives_the_groups_of_the_prompts_that_it_is_asked_for(tmp_path: Path):
+    journal(tmp_path, 0, 2).write(5, step_of("p") + step_of("q"))
+    journal(tmp_path, 1, 2).write(5, step_of("r"))
+    replay = Replay(folder=tmp_path)
+    asked = [prompt(id="r"), prompt(id="p")]
+    groups = replay(asked, step=5)
+    assert sorted(g.prompt.id for g in groups) == ["p", "p", "r", "r"]
+    expected = [plain(g) for g in step_of("p") + step_of("r")]
+    assert all(plain(g) in expected for g in groups)
+
+
+def test_a_replay_of_other_prompts_is_an_error_that_says_what_it_needs(tmp_path: Path):
+    journal(tmp_path).write(5, step_of("p"))
+    with pytest.raises(InputError, match="step 5 has no rollouts of prompt 'z'; a replay needs"):
+        Replay(folder=tmp_path)([prompt(id="p"), prompt(id="z")], step=5)
+
+
+# Red while the lines are written as UTF-8 and read in the locale's encoding.
+def test_the_journal_is_read_as_utf8_whatever_the_locale(tmp_path: Path):
+    journal(tmp_path).write(0, step_of("p"))
+    read = (
+        "import pathlib, sys; from megatron_srpo.journal import read_step;"
+        "print(ascii(read_step(pathlib.Path(sys.argv[1]), 0)[0].prompt.text))"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", read, str(tmp_path)],
+        env=os.environ | ascii_only | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == ascii(HARD_TEXT), done.stderr[-300:]
