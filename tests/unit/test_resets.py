@@ -104,6 +104,15 @@ def test_a_localization_request_has_its_own_purpose_limit_temperature_and_seed()
     assert {(r.purpose, r.max_tokens, r.temperature) for r in batch} == {("localize", 7, 0.25)}
 
 
+def test_a_question_that_leaves_no_room_for_its_answer_is_not_asked_and_restarts():
+    cfg = config(localize={"max_tokens": 20}, rollout={"max_model_len": 44})
+    generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
+    long = "\n".join("1" * 12)  # the question has 26 characters, the other one 6
+    resets = SelfReset(tokenizer=TOKENIZER, cfg=cfg).choose(seeds(long, "1\n2"), generator, 0)
+    assert [(r.thought, r.cause) for r in resets] == [(0, "too_long"), (1, "named")]
+    assert [len(batch) for batch in generator.seen] == [1]
+
+
 def test_the_configs_parser_reads_the_answer():
     cfg = config(localize={"parser": "verdicts", "max_tokens": 64})
     generator = FakeGenerator(lambda context, rng: r"++- \boxed{1}")

@@ -1,0 +1,47 @@
+# make train   a policy learns by resets on this machine's CPU (no downloads of weights or data)
+# make test    unit, parallel and end-to-end tests
+# make check   lint, types, architecture, unit tests
+#
+# make train ARGS="algorithm.method=grpo run_dir=runs/grpo" passes overrides on.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG := examples/chain_arithmetic_cpu.yaml
+ARGS ?=
+export OMP_NUM_THREADS := 1
+
+.PHONY: train test check mutate clean
+
+train: data/chain_arithmetic/DONE runs/chain_arithmetic_warm_start/hf/config.json
+	$(BIN)/megatron-srpo train $(CONFIG) $(ARGS)
+
+data/chain_arithmetic/DONE: | $(VENV)/installed
+	$(BIN)/python examples/chain_arithmetic.py data/chain_arithmetic
+
+runs/chain_arithmetic_warm_start/hf/config.json: | data/chain_arithmetic/DONE
+	rm -rf runs/chain_arithmetic_warm_start
+	$(BIN)/megatron-srpo sft $(CONFIG)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/unit
+
+mutate: $(VENV)/installed
+	$(BIN)/python tools/mutate.py
+
+# PyPI has only CUDA builds of torchvision, torchaudio and torchcodec, which vLLM's packages ask
+# for and its text path does not need: beside a CPU build of torch each of them breaks the import.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cpu,dev]"
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf $(VENV) data runs

@@ -1,0 +1,212 @@
+"""The command line as a user meets it: whole runs in processes of their own, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from tests.e2e.small_run import write_small_run
+
+UNSTABLE = ("time/", "speed/", "memory/")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
+    """`megatron-srpo ARGUMENTS`, alone or under torchrun."""
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
+    launcher += [] if processes == 1 else [f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "megatron_srpo", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHED},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """All stable metrics, line by line."""
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(UNSTABLE)}
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that was warm-started a little, and one run of SRPO from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = write_small_run(folder)
+    finish(start("sft", config, "sft.num_steps=60"))
+    finish(start("train", config, *from_warm_start(folder), f"run_dir={folder / 'first'}"))
+    return folder
+
+
+def from_warm_start(folder: Path) -> tuple[str, ...]:
+    return (f"model={folder / 'sft' / 'hf'}", "algorithm.num_prompts=8", "optimizer.lr=1e-3")
+
+
+def test_the_same_seed_gives_a_byte_equal_journal_and_equal_metrics(folder: Path) -> None:
+    again = folder / "again"
+    finish(start("train", folder / "config.yaml", *from_warm_start(folder), f"run_dir={again}"))
+    names = sorted(path.name for path in (folder / "first" / "rollouts").iterdir())
+    assert len(names) == 4  # two steps, each a .jsonl and a .npz
+    for name in names:
+        first, second = (folder / run / "rollouts" / name for run in ("first", "again"))
+        assert first.read_bytes() == second.read_bytes(), name
+    assert metrics(folder / "first") == metrics(again)
+
+
+def test_two_replicas_draw_and_learn_what_one_does(folder: Path) -> None:
+    run = folder / "two"
+    arguments = (folder / "config.yaml", *from_warm_start(folder), f"run_dir={run}")
+    finish(start("train", *arguments, processes=2))
+    alone, together = metrics(folder / "first"), metrics(run)
+    assert len(alone) == len(together)
+    for name, value in alone[0].items():  # later steps may draw otherwise after rounding
+        tolerance = 2e-5 if name.startswith(("mismatch/", "sync/")) else 1e-6
+        assert together[0][name] == pytest.approx(value, rel=1e-5, abs=tolerance), name
+
+
+def test_a_replay_trains_on_the_journalled_rollouts_of_another_run(folder: Path) -> None:
+    run = folder / "replayed"
+    arguments = (folder / "config.yaml", *from_warm_start(folder), f"run_dir={run}")
+    finish(start("train", *arguments, "--replay", folder / "first"))
+    first, replayed = metrics(folder / "first"), metrics(run)
+    assert [line["step"] for line in first] == [line["step"] for line in replayed]
+    for name in ("loss", "grad_norm", "reward/mean", "tokens/trained"):
+        assert [line.get(name) for line in first] == [line.get(name) for line in replayed], name
+    assert (run / "rollouts" / "000001-00000-of-00001.npz").read_bytes() == (
+        folder / "first" / "rollouts" / "000001-00000-of-00001.npz"
+    ).read_bytes()
+
+
+def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
+    before = Qwen2ForCausalLM.from_pretrained(folder / "sft" / "hf").state_dict()
+    after = Qwen2ForCausalLM.from_pretrained(folder / "first" / "hf").state_dict()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) == len(before)
+    assert {path.name for path in (folder / "first").iterdir()} == {
+        "config.yaml",
+        "hf",
+        "log.txt",
+        "metrics.jsonl",
+        "rollouts",
+    }
+    assert {"tokenizer.json", "config.json", "generation_config.json"} <= {
+        path.name for path in (folder / "first" / "hf").iterdir()
+    }
+
+
+def test_wandb_offline_and_tensorboard_are_written_when_asked_for(folder: Path) -> None:
+    run = folder / "logged"
+    overrides = (f"run_dir={run}", "num_steps=1", "log.wandb=true", "log.tensorboard=true")
+    finish(start("train", folder / "config.yaml", *from_warm_start(folder), *overrides))
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert list(run.glob("tensorboard/events.*"))
+
+
+def break_model_path(folder: Path) -> str:
+    return "model=nowhere"
+
+
+def break_data_path(folder: Path) -> str:
+    return "data.train=nowhere.jsonl"
+
+
+def drop_an_answer(folder: Path) -> str:
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    rows[2] = json.dumps({"id": "x", "prompt": "1+1\n"})
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    return "num_steps=1"
+
+
+def double_an_id(folder: Path) -> str:
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join([*rows, rows[0]]) + "\n")
+    return "num_steps=1"
+
+
+def swap_the_tokenizer(folder: Path) -> str:
+    path = folder / "model" / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 32', '"vocab_size": 12'))
+    return "num_steps=1"
+
+
+def cut_the_weights(folder: Path) -> str:
+    path = folder / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    return "num_steps=1"
+
+
+def another_architecture(folder: Path) -> str:
+    path = folder / "model" / "config.json"
+    path.write_text(path.read_text().replace('"qwen2"', '"gpt2"'))
+    return "num_steps=1"
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (break_model_path, "nowhere: not a Hugging Face model folder"),
+        (break_data_path, "nowhere.jsonl: no such data file"),
+        (drop_an_answer, "train.jsonl: row 3 has no 'answer'"),
+        (double_an_id, "train.jsonl: row 25 has the id 'train0' of an earlier row"),
+        (swap_the_tokenizer, "the tokenizer does not belong to the model"),
+        (cut_the_weights, "model.safetensors: not readable as safetensors"),
+        (another_architecture, "model_type 'gpt2' is not supported (supported: qwen2)"),
+        (lambda folder: "data.max_prompt_tokens=5", "prompt 'train0' has 8 tokens"),
+        (lambda folder: "algorithm.num_rollouts=4", "num_rollouts=4 does not fit split=1x4"),
+        (lambda folder: "algorithm.num_prompts=0", "algorithm.num_prompts=0: Input should be"),
+        (lambda folder: "algorithm.num_prompts=25", "24 prompts are fewer than a step's"),
+        (lambda folder: "rollout.temprature=1", "did you mean 'rollout.temperature'?"),
+        (lambda folder: "localize.template={who}", "localize.template"),
+        (lambda folder: "reward=vibes", "reward='vibes'"),
+    ],
+)
+def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(
+    tmp_path: Path, breakage, message: str
+) -> None:
+    config = write_small_run(tmp_path)
+    process = start("train", config, breakage(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert message in output
+    assert len(output.strip().splitlines()) == 1, output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_world_size_that_does_not_divide_the_prompts_is_refused(tmp_path: Path) -> None:
+    process = start("train", write_small_run(tmp_path), "algorithm.num_prompts=5", processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "algorithm.num_prompts=5 does not divide over 2 processes" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "first", tmp_path / "kept")
+    process = start(
+        "train", folder / "config.yaml", *from_warm_start(folder), f"run_dir={tmp_path / 'kept'}"
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "already holds another run" in output
+    for path in (folder / "first").rglob("*"):
+        if path.is_file():
+            kept = tmp_path / "kept" / path.relative_to(folder / "first")
+            assert kept.read_bytes() == path.read_bytes()
