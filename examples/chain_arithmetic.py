@@ -231,8 +231,8 @@ def make_policy(style: Style, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForC
         tie_word_embeddings=True,
         initializer_range=0.1,  # with the usual 0.02 so small a model is slow to start learning
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token)),
+        pad_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token)),
         dtype="float32",
     )
     torch.manual_seed(seed)

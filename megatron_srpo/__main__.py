@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments = _parser().parse_args(argv)
     set_environment()
-    logging.captureWarnings(True)  # libraries' warnings go to the run's log, not to the terminal
+    # Libraries' warnings go to the run's log, not between the lines of a terminal.
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(logging.NullHandler())
     be_one_process_unless_launched()
     try:
         cfg = load_config(arguments.config, arguments.overrides)

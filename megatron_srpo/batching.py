@@ -55,8 +55,9 @@ def _first_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) 
 def _pad_count(micro_batches: list[list[int]], count: int) -> list[list[int]]:
     """Split the fullest micro-batches, then add empty ones, until there are `count`."""
     padded = [list(indices) for indices in micro_batches]
+    empty: list[int] = []
     while len(padded) < count:
-        fullest = max(padded, key=len, default=[])
+        fullest = max(padded, key=len, default=empty)
         half = len(fullest) // 2
         padded.append(fullest[:half])
         del fullest[:half]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -266,7 +266,7 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def _refuse_unknown_keys(values: Mapping[Any, Any], path: Path, prefix: str = "") -> None:
+def _refuse_unknown_keys(values: dict[Any, Any], path: Path, prefix: str = "") -> None:
     known = list(field_names())
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -276,5 +276,5 @@ def _refuse_unknown_keys(values: Mapping[Any, Any], path: Path, prefix: str = ""
             near += difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{path}: unknown key {name!r}{hint}")
-        if isinstance(value, Mapping):
-            _refuse_unknown_keys(value, path, f"{name}.")
+        if isinstance(value, dict):
+            _refuse_unknown_keys(cast(dict[Any, Any], value), path, f"{name}.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 
 from megatron_srpo.protocols import Tokenizer
 from megatron_srpo.seeding import counter_seed
@@ -31,7 +32,7 @@ def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+    except (DatasetGenerationError, OSError, ValueError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{path}: not readable as {LOADERS[path.suffix]} ({cause})") from error
     if not len(rows):

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from megatron_srpo.resets import first_wrong_thought
 from megatron_srpo.types import Group, Rollout
 
 Sums = dict[str, tuple[float, float]]
 """name -> (numerator, denominator)"""
+
+
+class Add(Protocol):
+    """Adds to a metric's two sums."""
+
+    def __call__(self, name: str, numerator: float, denominator: float = 1.0) -> None: ...
 
 
 def rollout_sums(groups: Sequence[Group], delimiter: str) -> Sums:
@@ -34,7 +41,7 @@ def rollout_sums(groups: Sequence[Group], delimiter: str) -> Sums:
     return {name: (numerator, denominator) for name, (numerator, denominator) in sums.items()}
 
 
-def _add_rollout(rollout: Rollout, add) -> None:
+def _add_rollout(rollout: Rollout, add: Add) -> None:
     score, num_own = rollout.score, len(rollout.token_ids) - rollout.num_copied
     add("tokens/suffix" if rollout.stage == "suffix" else "tokens/base", num_own, 0)
     add("tokens/prefix_cached", rollout.num_cached_tokens, 0)
@@ -51,7 +58,9 @@ def _add_rollout(rollout: Rollout, add) -> None:
         add(f"pass_rate/{rollout.stage}", score.correct)
 
 
-def _add_resets(groups: Sequence[Group], by_id: dict[str, Rollout], delimiter: str, add) -> None:
+def _add_resets(
+    groups: Sequence[Group], by_id: dict[str, Rollout], delimiter: str, add: Add
+) -> None:
     prompts = {group.prompt.id for group in groups}
     resets = [group.reset for group in groups if group.reset is not None]
     add("reset/seed_found_rate", len(resets), len(prompts))

@@ -86,7 +86,7 @@ class OracleReset:
     delimiter: str
 
     def choose(self, seeds: Sequence[Rollout], generator: Generator, step: int) -> list[Reset]:
-        resets = []
+        resets: list[Reset] = []
         for seed in seeds:
             thought = first_wrong_thought(seed, self.delimiter)
             assert thought is not None, f"{seed.prompt.id}: the oracle needs a `solution`"

@@ -56,7 +56,7 @@ def install() -> None:
     if torch.cuda.is_available():
         return
     for module in CUDA_LITERALS:
-        module.torch = TorchWithoutCuda()
+        vars(module)["torch"] = TorchWithoutCuda()
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]

@@ -65,14 +65,20 @@ def build_mesh() -> Mesh:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
     # Megatron wants its random tracker seeded even where no dropout draws from it.
     tensor_parallel.model_parallel_cuda_manual_seed(0)
+    host_group = dist.new_group(backend="gloo")
+    dp_group = parallel_state.get_data_parallel_group()
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    assert isinstance(host_group, dist.ProcessGroup)
+    assert isinstance(dp_group, dist.ProcessGroup)
+    assert isinstance(tp_group, dist.ProcessGroup)
     return Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        host_group=dist.new_group(backend="gloo"),
+        dp_group=dp_group,
+        tp_group=tp_group,
+        host_group=host_group,
     )
 
 

@@ -42,7 +42,8 @@ def build_model(folder: Path, dtype: torch.dtype) -> GPTModel:
     hf, family = read_config(folder), family_of(folder)
     config = transformer_config(hf, family, dtype)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention
+    layer: Any = spec.submodules
+    layer.self_attention.submodules.core_attention = PackedCausalAttention
     model = GPTModel(
         config,
         spec,
@@ -96,7 +97,7 @@ def _rope_theta(hf: dict[str, Any]) -> float:
 def load_hf(model: GPTModel, folder: Path, family: Family) -> None:
     """Copy the folder's weights into the model."""
     tensors = dict(read_tensors(folder))
-    num_groups = model.config.num_query_groups
+    num_groups, _ = head_groups(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             layout, hf_names = family.rule(name)
@@ -115,15 +116,22 @@ def load_hf(model: GPTModel, folder: Path, family: Family) -> None:
         raise InputError(f"{folder}: weights that the model has no place for: {min(tensors)}")
 
 
+def head_groups(model: GPTModel) -> tuple[int, int]:
+    """(key-value groups, query heads in each)"""
+    num_groups = model.config.num_query_groups
+    assert num_groups is not None
+    return num_groups, model.config.num_attention_heads // num_groups
+
+
 def export_hf(model: GPTModel, family: Family) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor), one Megatron parameter at a time.
 
     Always ends with `lm_head.weight`: an engine that packs its head cannot follow a tie.
     """
-    num_groups = model.config.num_query_groups
-    heads_per_group = model.config.num_attention_heads // num_groups
+    num_groups, heads_per_group = head_groups(model)
     tied = model.share_embeddings_and_output_weights
     head = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
+    assert head is not None, "the head lies on another pipeline stage"
     for name, parameter in model.named_parameters():
         if name == "output_layer.weight":
             continue

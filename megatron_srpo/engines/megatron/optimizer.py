@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -64,5 +66,6 @@ class MegatronAdam:
         # Megatron's warm-up gives its first step a rate of 0; ours begins with 1/warmup_steps.
         self._schedule.step(1)
         with cuda_type_names():
-            _, grad_norm, _ = self._optimizer.step()
+            done: Any = self._optimizer.step()
+        _, grad_norm, _ = done
         return float(grad_norm)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from vllm import LLM, SamplingParams
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
@@ -16,7 +18,7 @@ from megatron_srpo.config import RolloutConfig
 from megatron_srpo.protocols import NamedTensors
 from megatron_srpo.types import AlarmError, Completion, Request
 
-CPU_ARGUMENTS = {
+CPU_ARGUMENTS: dict[str, Any] = {
     "enforce_eager": True,
     # The smallest block there: a cached prefix is reused in multiples of it.
     "block_size": 32,
@@ -29,7 +31,9 @@ CPU_ARGUMENTS = {
 class VllmGenerator:
     """One replica: an engine, its weights' version, its prefix cache."""
 
-    def __init__(self, folder: Path, cfg: RolloutConfig, *, dtype: str) -> None:
+    def __init__(
+        self, folder: Path, cfg: RolloutConfig, *, dtype: Literal["float32", "bfloat16"]
+    ) -> None:
         """Torch's process group must exist already: the engine joins it (`external_launcher`)."""
         with _own_random_state():
             self._llm = LLM(
@@ -66,10 +70,12 @@ class VllmGenerator:
             with _own_random_state():
                 finished = engine.step()
             for output in finished:
+                assert isinstance(output, RequestOutput)
                 yield self._completion(output)
 
     def _completion(self, output: RequestOutput) -> Completion:
         answer = output.outputs[0]
+        assert isinstance(answer.logprobs, FlatLogprobs)
         logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)
         if answer.finish_reason not in ("stop", "length"):
             raise AlarmError(f"request {output.request_id} ended with {answer.finish_reason!r}")
