@@ -129,6 +129,7 @@ class Style(Protocol):
     closing: str  # after the last one
     num_layers: int
     max_positions: int
+    rope_theta: float
 
     def prompt(self, problem: Problem) -> str: ...
     def thoughts(self, problem: Problem, digits: list[int]) -> list[str]: ...
@@ -148,6 +149,7 @@ class CharStyle:
     closing = ""
     num_layers = 3
     max_positions = 256
+    rope_theta = 30.0  # a thought looks back some 20 tokens, exactly: fast rotations tell
 
     def prompt(self, problem: Problem) -> str:
         operations = "".join(f"{sign}{operand}" for sign, operand in problem.operations)
@@ -219,6 +221,8 @@ def make_rows(style: Style, seed: int) -> dict[str, list[Row]]:
 
 
 def make_policy(style: Style, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(eos, int) and isinstance(pad, int)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -227,12 +231,12 @@ def make_policy(style: Style, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForC
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=style.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": style.rope_theta},
         tie_word_embeddings=True,
-        initializer_range=0.1,  # with the usual 0.02 so small a model is slow to start learning
+        initializer_range=0.05,  # with the usual 0.02 so small a model is slow to start learning
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token)),
-        pad_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token)),
+        eos_token_id=eos,
+        pad_token_id=pad,
         dtype="float32",
     )
     torch.manual_seed(seed)

@@ -48,6 +48,7 @@ class WordStyle:
     closing = "</thought>"
     num_layers = 2
     max_positions = 1024
+    rope_theta = 10000.0
 
     def prompt(self, problem: Problem) -> str:
         steps = [f", then {VERB_BY_SIGN[sign]} {operand}" for sign, operand in problem.operations]

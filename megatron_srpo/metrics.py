@@ -79,8 +79,8 @@ def _add_resets(
         add("localize/no_error_rate", reset.cause == "no_error")
         add("localize/too_long_rate", reset.cause == "too_long")
         truth = first_wrong_thought(seed, delimiter)
-        if truth is None:
-            continue
+        if truth is None or reset.cause not in ("named", "random", "oracle"):
+            continue  # a restart for want of an answer says nothing about the localizer
         is_clean = reset.thought <= truth
         add("localize/exact_rate", reset.thought == truth)
         add("localize/clean_rate", is_clean)

@@ -92,7 +92,7 @@ class MegatronLearner:
             micro_batches: Iterator[MicroBatch], model: torch.nn.Module
         ) -> tuple[Tensor, Any]:
             micro_batch = next(micro_batches)
-            logits_TV = self._logits(model, micro_batch)
+            logits_TV = self.logits(model, micro_batch)
 
             def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 return self._loss(output[0], micro_batch, batch.denominator)
@@ -110,7 +110,7 @@ class MegatronLearner:
         )
         return self._reduce(per_micro_batch)
 
-    def _logits(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+    def logits(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
         """[1, T, V]"""
         cu_seqlens = torch.tensor(micro_batch.cu_seqlens)
         longest = int(np.diff(micro_batch.cu_seqlens).max())
@@ -181,7 +181,7 @@ class MegatronLearner:
             sample = demonstration_sample(str(index), tokens[:1], tokens[1:], weight=0.0, count=0.0)
             micro_batch = pack([sample])
             targets_T = torch.tensor(micro_batch.target_ids, dtype=torch.long)
-            logits_TV = self._logits(self.module, micro_batch)[0]
+            logits_TV = self.logits(self.module, micro_batch)[0]
             found_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
             answers.append(found_T.numpy())
         return answers
