@@ -29,6 +29,7 @@ def write_small_run(folder: Path, **changes: object) -> Path:
         "model": str(folder / "model"),
         "num_steps": 2,
         "reward": "last_line",
+        "max_logprob_diff": 5e-5,
         "data": {
             "train": str(folder / "train.jsonl"),
             "eval": str(folder / "held_out.jsonl"),

@@ -64,6 +64,7 @@ class MegatronLearner:
         self._mesh, self._temperature = mesh, temperature
         self._family = family_of(folder)
         self.module = build_model(folder, dtype)
+        self._device = next(self.module.parameters()).device
         self.model = DistributedDataParallel(
             self.module.config,
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
@@ -110,9 +111,12 @@ class MegatronLearner:
         )
         return self._reduce(per_micro_batch)
 
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array, device=self._device)
+
     def logits(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
         """[1, T, V]"""
-        cu_seqlens = torch.tensor(micro_batch.cu_seqlens)
+        cu_seqlens = self._tensor(micro_batch.cu_seqlens)
         longest = int(np.diff(micro_batch.cu_seqlens).max())
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -122,8 +126,8 @@ class MegatronLearner:
             max_seqlen_kv=longest,
         )
         return model(
-            torch.tensor(micro_batch.token_ids, dtype=torch.long)[None],
-            torch.tensor(micro_batch.position_ids, dtype=torch.long)[None],
+            self._tensor(micro_batch.token_ids).long()[None],
+            self._tensor(micro_batch.position_ids).long()[None],
             None,
             packed_seq_params=packed,
         )
@@ -131,10 +135,10 @@ class MegatronLearner:
     def _loss(
         self, logits_TV: Tensor, micro_batch: MicroBatch, denominator: float
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        targets_T = torch.tensor(micro_batch.target_ids, dtype=torch.long)
-        weight_T = torch.tensor(micro_batch.loss_weight)
+        targets_T = self._tensor(micro_batch.target_ids).long()
+        weight_T = self._tensor(micro_batch.loss_weight)
         logprobs_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
-        advantage_T = torch.tensor(micro_batch.advantage)
+        advantage_T = self._tensor(micro_batch.advantage)
         loss = policy_loss(logprobs_T, weight_T, advantage_T, denominator=denominator)
         if not torch.isfinite(loss):
             samples = ", ".join(micro_batch.sample_ids)
@@ -142,7 +146,7 @@ class MegatronLearner:
         entropies_T = token_entropies(
             logits_TV.detach(), temperature=self._temperature, group=self._mesh.tp_group
         )
-        rollout_T = torch.tensor(micro_batch.logprob)
+        rollout_T = self._tensor(micro_batch.logprob)
         sampled_T = (weight_T != 0) & ~torch.isnan(rollout_T)
         off = mismatch(logprobs_T[sampled_T], rollout_T[sampled_T])
         stats = {
@@ -180,10 +184,10 @@ class MegatronLearner:
         for index, tokens in enumerate(sequences):
             sample = demonstration_sample(str(index), tokens[:1], tokens[1:], weight=0.0, count=0.0)
             micro_batch = pack([sample])
-            targets_T = torch.tensor(micro_batch.target_ids, dtype=torch.long)
+            targets_T = self._tensor(micro_batch.target_ids).long()
             logits_TV = self.logits(self.module, micro_batch)[0]
             found_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
-            answers.append(found_T.numpy())
+            answers.append(found_T.cpu().numpy())
         return answers
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
