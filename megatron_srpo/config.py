@@ -144,7 +144,7 @@ class EvalConfig(Section):
 
 class LogConfig(Section):
     wandb: bool = False
-    """Offline where no API key is found."""
+    """Offline unless WANDB_API_KEY or WANDB_MODE is set."""
     wandb_project: str = "megatron_srpo"
     tensorboard: bool = False
 

@@ -18,6 +18,7 @@ def set_environment() -> None:
         "HF_HUB_OFFLINE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the trainer's process
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if _has_cpu_engine():
         # Compiling costs more than it saves on models that a CPU can train.

@@ -31,6 +31,9 @@ from megatron_srpo.config import LogConfig
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopwatch import Stopwatch
 
+MOST_LINES = 100
+"""What a loop prints where no terminal can redraw a line; log.txt has them all."""
+
 
 class PhaseColumn(ProgressColumn):
     """The phase that runs now, read whenever the terminal is redrawn."""
@@ -89,12 +92,14 @@ class Telemetry:
         import wandb
 
         assert self._folder is not None
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and "WANDB_API_KEY" not in os.environ:
+            mode = "offline"
         run = wandb.init(
             project=self._cfg.wandb_project,
             name=self._folder.root.name,
             dir=str(self._folder.root),
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
         )
         self._exits.callback(run.finish)
         return run
@@ -124,7 +129,8 @@ class Telemetry:
         line = f"{self._name} {done}/{self._num_steps}  {summary}  {left:.0f} s left"
         self._log.write(line + "\n")
         self._log.flush()
-        if self._progress.disable:
+        is_shown = done % max(1, self._num_steps // MOST_LINES) == 0 or done == self._num_steps
+        if self._progress.disable and is_shown:
             print(line, file=sys.stderr, flush=True)
 
     def say(self, message: str) -> None:

@@ -103,5 +103,6 @@ def test_without_a_fault_the_step_is_green(run: Run) -> None:
 def test_a_fault_turns_the_run_red_within_one_step(
     run: Run, fault: Callable[[Run], Run], message: str
 ) -> None:
-    with pytest.raises(AlarmError, match=message):
+    with pytest.raises(AlarmError, match=message) as alarm:
         go(fault(run))
+    print(f"\n{fault.__name__}: {alarm.value}")  # pytest -s shows by how much
