@@ -1,0 +1,108 @@
+"""The examples' data: reproducible, disjoint, right; and thoughts found where tokens hide them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_srpo.config import ThoughtConfig, load_config
+from megatron_srpo.thoughts import split_thoughts
+from megatron_srpo.tokenizer import HFTokenizer
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def write(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def characters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "chain_arithmetic"
+    assert write("chain_arithmetic.py", out).returncode == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "chain_words"
+    assert write("chain_words.py", out).returncode == 0
+    return out
+
+
+def test_the_same_seed_writes_the_same_bytes(characters: Path, tmp_path: Path) -> None:
+    assert write("chain_arithmetic.py", tmp_path / "again").returncode == 0
+    files = sorted(path.relative_to(characters) for path in characters.rglob("*") if path.is_file())
+    for file in files:
+        assert (characters / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_no_held_out_problem_was_trained_on(characters: Path) -> None:
+    held_out = {row["prompt"] for row in rows(characters, "eval")}
+    trained = {row["prompt"] for row in rows(characters, "train")}
+    shown = {row["prompt"].split("\n")[0] + "\n" for row in rows(characters, "sft")}
+    shown |= {row["prompt"].split("\n")[0] + "\n" for row in rows(characters, "localize")}
+    assert len(held_out) == 512 and len(trained) == 4096
+    assert not held_out & trained and not held_out & shown
+    ids = [row["id"] for name in ("train", "eval") for row in rows(characters, name)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_solutions_are_the_arithmetic_s(characters: Path) -> None:
+    for row in rows(characters, "eval"):
+        text, digit, right = row["prompt"].strip(), int(row["prompt"][0]), []
+        for sign, operand in zip(text[1::2], text[2::2], strict=True):
+            total = {"+": digit + int(operand), "-": digit - int(operand)}
+            digit = total.get(sign, digit * int(operand)) % 10
+            right.append(str(digit))
+        assert row["solution"] == [*right, right[-1]] and row["answer"] == right[-1]
+
+
+def test_a_finished_folder_is_kept_and_a_foreign_one_is_refused(
+    characters: Path, tmp_path: Path
+) -> None:
+    before = (characters / "train.jsonl").stat().st_mtime_ns
+    assert write("chain_arithmetic.py", characters).returncode == 0
+    assert (characters / "train.jsonl").stat().st_mtime_ns == before
+    (tmp_path / "mine.txt").write_text("")
+    refused = write("chain_arithmetic.py", tmp_path)
+    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["characters", "words"])
+def test_text_survives_the_tokenizer(name: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(name)
+    tokenizer = HFTokenizer(folder / "model")
+    for row in rows(folder, "sft")[:200]:
+        for text in (row["prompt"], row["response"]):
+            assert "".join(tokenizer.pieces(tokenizer.encode(text))) == text
+
+
+def test_thoughts_end_in_the_middle_of_tokens_and_are_found_all_the_same(words: Path) -> None:
+    tokenizer = HFTokenizer(words / "model")
+    mark = tokenizer.encode("</thought>").tolist()
+    solved = [row["response"] for row in rows(words, "sft") if "answer is" in row["response"]]
+    for response in solved[:200]:
+        token_ids = np.append(tokenizer.encode(response), np.int32(tokenizer.eos_token_id))
+        ids = token_ids.tolist()
+        assert not any(ids[i : i + len(mark)] == mark for i in range(len(ids)))
+        thoughts = split_thoughts(token_ids, tokenizer, ThoughtConfig(max_tokens=64))
+        assert "".join(thought.text for thought in thoughts) == response
+        assert [t.text.strip() for t in thoughts] == [
+            f"{line}</thought>" for line in response.split("</thought>\n")[:-1]
+        ] + [response.split("</thought>\n")[-1]]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_config_is_right(path: Path) -> None:
+    assert load_config(path).sft is not None
