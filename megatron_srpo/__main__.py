@@ -19,23 +19,31 @@ from megatron_srpo.types import AlarmError, InputError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # Overrides may stand before or behind an option, which argparse alone does not allow.
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     set_environment()
     # Libraries' warnings go to the run's log, not between the lines of a terminal.
     logging.captureWarnings(True)
     logging.getLogger().addHandler(logging.NullHandler())
     be_one_process_unless_launched()
     try:
-        cfg = load_config(arguments.config, arguments.overrides)
+        cfg = load_config(arguments.config, [*arguments.overrides, *rest])
         # Imported step by step: what the user gave is checked before the engines' long imports.
+        num_processes = int(os.environ["WORLD_SIZE"])
         if arguments.command == "sft":
+            from megatron_srpo.inputs import read_sft_inputs
+
+            demonstrations = read_sft_inputs(cfg, num_replicas=num_processes)
             from megatron_srpo.sft import sft
 
-            sft(cfg)
+            sft(cfg, demonstrations)
         else:
             from megatron_srpo.inputs import read_inputs
 
-            inputs = read_inputs(cfg, num_replicas=int(os.environ["WORLD_SIZE"]))
+            inputs = read_inputs(cfg, num_replicas=num_processes, replay=arguments.replay)
             from megatron_srpo.train import train
 
             train(cfg, inputs, replay=arguments.replay)

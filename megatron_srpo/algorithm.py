@@ -81,7 +81,9 @@ def leave_room(reset: Reset, seed: Rollout, cfg: Config) -> Reset:
     thought, room = reset.thought, cfg.rollout.max_response_tokens - cfg.thoughts.max_tokens
     while thought > 0 and seed.thoughts[thought].start > room:
         thought -= 1
-    return replace(reset, thought=thought, moved=thought != reset.thought)
+    if thought == reset.thought:
+        return reset
+    return replace(reset, thought=thought, moved_from=reset.thought)
 
 
 def start_again(prompt: Prompt, seed: Rollout | None, reset: Reset | None, *, index: int) -> Start:

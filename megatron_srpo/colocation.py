@@ -19,7 +19,8 @@ class Colocation:
     _owner: str | None = field(default=None, init=False)
 
     def generating(self) -> contextlib.AbstractContextManager[None]:
-        return self._phase("generate")
+        """Time inside the engine is told apart by what it works on (`TimedGenerator`)."""
+        return self._owned("generate")
 
     def training(self) -> contextlib.AbstractContextManager[None]:
         return self._phase("train")
@@ -30,10 +31,14 @@ class Colocation:
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        with self._owned(name), self.stopwatch.phase(name):
+            yield
+
+    @contextlib.contextmanager
+    def _owned(self, name: str) -> Iterator[None]:
         assert self._owner is None, f"phase {name!r} begins inside phase {self._owner!r}"
         self._owner = name
         try:
-            with self.stopwatch.phase(name):
-                yield
+            yield
         finally:
             self._owner = None

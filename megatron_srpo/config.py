@@ -196,6 +196,14 @@ class Config(Section):
                 f"rollout.max_model_len={self.rollout.max_model_len} is less than "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
             )
+        if self.algorithm.method == "srpo" and longest + self.localize.max_tokens > (
+            self.rollout.max_model_len
+        ):
+            raise ValueError(
+                f"rollout.max_model_len={self.rollout.max_model_len} leaves no room to localize: a "
+                f"prompt, its response and localize.max_tokens make up to "
+                f"{longest + self.localize.max_tokens} tokens, and the template's own words"
+            )
         if self.thoughts.max_tokens > self.rollout.max_response_tokens:
             raise ValueError(
                 f"thoughts.max_tokens={self.thoughts.max_tokens} is more than a whole response, "
@@ -234,7 +242,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:  # one without a number is OmegaConf's, about a lone number
         reason = error.strerror or "must be a mapping of keys to values"
         raise InputError(f"{path}: {reason}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error
     _refuse_unknown_keys(values, path)
     try:

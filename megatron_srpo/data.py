@@ -6,6 +6,7 @@ Columns: `prompt` (text, or chat messages), `answer`, optional `id` and `solutio
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,31 +19,44 @@ from megatron_srpo.protocols import Tokenizer
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import InputError, Prompt, Sample, Tokens
 
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
 
 def read_rows(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
     """All rows of a file. `InputError` names the first row that lacks a required column."""
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
-    if path.suffix not in LOADERS:
-        raise InputError(f"{path}: must end in one of {', '.join(LOADERS)}")
-    if not path.stat().st_size:
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: must end in one of {', '.join(readers)}")
+    rows = readers[path.suffix](path)
+    if not rows:
         raise InputError(f"{path}: holds no rows")
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{path}: not readable as {LOADERS[path.suffix]} ({cause})") from error
-    if not len(rows):
-        raise InputError(f"{path}: holds no rows")
-    listed = [dict(row) for row in rows]
-    for number, row in enumerate(listed, start=1):
+    for number, row in enumerate(rows, start=1):
         for column in required:
             if row.get(column) in (None, ""):
                 raise InputError(f"{path}: row {number} has no {column!r}")
-    return listed
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    # Not through `datasets`: its JSON reader turns a column of dates into timestamps.
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in path.read_text("utf-8").split("\n"):
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: row {len(rows) + 1} is not readable ({error})") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"{path}: not readable as parquet ({cause})") from error
+    return [dict(row) for row in table]
 
 
 def read_prompts(
@@ -52,10 +66,11 @@ def read_prompts(
     prompts: dict[str, Prompt] = {}
     dropped: list[str] = []
     for number, row in enumerate(read_rows(path, ("prompt", "answer")), start=1):
+        where = f"{path}: row {number}"
         id = str(row["id"]) if row.get("id") is not None else f"row{number}"
         if id in prompts or id in dropped:
-            raise InputError(f"{path}: row {number} has the id {id!r} of an earlier row")
-        text, token_ids = _encode(row["prompt"], tokenizer)
+            raise InputError(f"{where} has the id {id!r} of an earlier row")
+        text, token_ids = _encode(row["prompt"], tokenizer, where)
         if len(token_ids) > max_prompt_tokens:
             if long_prompts == "error":
                 raise InputError(
@@ -64,34 +79,53 @@ def read_prompts(
                 )
             dropped.append(id)
             continue
+        if not isinstance(row["answer"], str | int | float):
+            raise InputError(f"{where}: answer must be a text or a number")
         prompts[id] = Prompt(
             id=id,
             text=text,
             token_ids=token_ids,
             answer=str(row["answer"]),
-            solution=tuple(row.get("solution") or ()),
+            solution=_solution(row.get("solution"), where),
         )
     if not prompts:
         raise InputError(f"{path}: every prompt is longer than {max_prompt_tokens} tokens")
     return list(prompts.values()), dropped
 
 
-def _encode(prompt: str | list[dict[str, str]], tokenizer: Tokenizer) -> tuple[str, Tokens]:
+def _solution(given: Any, where: str) -> tuple[str, ...]:
+    thoughts = given if given is not None else []
+    if not isinstance(thoughts, list) or not all(isinstance(text, str) for text in thoughts):
+        raise InputError(f"{where}: solution must be a list of texts, one a thought")
+    return tuple(thoughts)
+
+
+def _encode(prompt: Any, tokenizer: Tokenizer, where: str) -> tuple[str, Tokens]:
+    """(text without a chat template, tokens)"""
     if isinstance(prompt, str):
         return prompt, tokenizer.encode(prompt)
-    return "\n\n".join(m["content"] for m in prompt), tokenizer.encode_chat(prompt)
+    if not isinstance(prompt, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) for message in prompt
+    ):
+        raise InputError(f"{where}: prompt must be a text or chat messages (role, content)")
+    try:
+        token_ids = tokenizer.encode_chat(prompt)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return "\n\n".join(message["content"] for message in prompt), token_ids
 
 
 def read_demonstrations(path: Path, tokenizer: Tokenizer) -> list[tuple[Tokens, Tokens]]:
     """(prompt, response) tokens; each response ends with end-of-sequence."""
     eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    return [
-        (
-            _encode(row["prompt"], tokenizer)[1],
-            np.concatenate([tokenizer.encode(row["response"]), eos]),
-        )
-        for row in read_rows(path, ("prompt", "response"))
-    ]
+    demonstrations: list[tuple[Tokens, Tokens]] = []
+    for number, row in enumerate(read_rows(path, ("prompt", "response")), start=1):
+        where = f"{path}: row {number}"
+        if not isinstance(row["response"], str):
+            raise InputError(f"{where}: response must be a text")
+        _, prompt = _encode(row["prompt"], tokenizer, where)
+        demonstrations.append((prompt, np.concatenate([tokenizer.encode(row["response"]), eos])))
+    return demonstrations
 
 
 def demonstration_sample(

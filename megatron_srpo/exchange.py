@@ -19,7 +19,7 @@ def exchange(samples: Sequence[Sample], mesh: Mesh, *, max_tokens: int) -> Batch
     shares = mesh.gather(([len(sample.token_ids) - 1 for sample in trained], _count(samples)))
     denominator = sum(count for _, count in shares)
     lengths = [length for own, _ in shares for length in own]
-    if not lengths:
+    if not lengths or not denominator:
         return Batch(micro_batches=(), denominator=denominator)
     plan = plan_micro_batches(lengths, num_ranks=mesh.world_size, max_tokens=max_tokens)
 

@@ -5,6 +5,7 @@ A folder is written under a temporary name and renamed: it is whole or it is not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,22 +20,34 @@ from megatron_srpo.types import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+REQUIRED = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+"""Of config.json, what every model needs."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 """Not copied into a new folder: they hold the old weights."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises `InputError` where there is none."""
+    """config.json as it stands. Raises `InputError` where there is none, or half of one."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a Hugging Face model folder (it has no config.json)")
-    return _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    missing = [key for key in REQUIRED if key not in config]
+    if missing:
+        raise InputError(f"{folder / 'config.json'}: has no {missing[0]!r}")
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a mapping of keys to values")
+    return content
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -50,18 +63,24 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return files
     if not (folder / SINGLE).is_file():
         raise InputError(f"{folder}: no {SINGLE} and no {INDEX}")
+    with _open(folder / SINGLE) as file:
+        return dict.fromkeys(file.keys(), folder / SINGLE)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / SINGLE}: not readable as safetensors ({error})") from error
+        raise InputError(f"{path}: not readable as safetensors ({error})") from error
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor), one at a time."""
     files = weight_files(folder)
     for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
+        with _open(path) as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)
 
@@ -70,8 +89,10 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of every tensor that the model has, a tied head included; nothing is loaded."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, path in weight_files(folder).items():
-        with safe_open(path, framework="pt") as file:
+        with _open(path) as file:
             shapes[name] = tuple(file.get_slice(name).get_shape())
+    if "model.embed_tokens.weight" not in shapes:
+        raise InputError(f"{folder}: the weights lack model.embed_tokens.weight")
     shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
     return shapes
 
@@ -95,4 +116,13 @@ def write_folder(
         if not (tied and name == "lm_head.weight")
     }
     save_file(weights, partial / SINGLE, metadata={"format": "pt"})
+    _state_dtype(partial / "config.json", next(iter(weights.values())).dtype)
     partial.rename(out)
+
+
+def _state_dtype(path: Path, dtype: torch.dtype) -> None:
+    """The config names the dtype that the weights are stored in."""
+    config = _read_json(path)
+    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype")}
+    changed = config | {key: value for key, value in named.items() if key in config}
+    path.write_text(json.dumps(changed, indent=2) + "\n", "utf-8")

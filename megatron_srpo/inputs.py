@@ -1,35 +1,41 @@
-"""What the user's files hold, read and checked before an engine is imported or anything written."""
+"""What the user's files hold, read and checked before an engine is imported or anything written.
+
+Every function raises `InputError` for the first thing that is wrong.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_srpo.config import Config
-from megatron_srpo.data import read_demonstrations, read_prompts
-from megatron_srpo.hf_folder import tensor_shapes
+from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.hf_folder import read_config, tensor_shapes, weight_files
+from megatron_srpo.journal import check_replay
 from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.seeding import counter_seed
 from megatron_srpo.tokenizer import HFTokenizer
 from megatron_srpo.types import InputError, Prompt, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the user's files hold."""
+    """For training."""
 
     tokenizer: HFTokenizer
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     dropped: Sequence[str]
-    """Ids of training prompts that are too long and were left out."""
+    """Ids of prompts, held-out ones included, that are too long and were left out."""
     retained: Sequence[tuple[Tokens, Tokens]]
     """Demonstrations of the retention loss; empty without one."""
     shapes: dict[str, tuple[int, ...]]
     """Hugging Face name -> shape of every tensor of the policy."""
 
 
-def read_inputs(cfg: Config, *, num_replicas: int) -> Inputs:
-    """Raises `InputError` for the first thing that is wrong with the user's files."""
+def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -> Inputs:
+    """Everything that `train` needs of the user's files."""
     RunFolder(cfg.run_dir).check_free()
     if cfg.algorithm.num_prompts % num_replicas:
         raise InputError(
@@ -37,12 +43,13 @@ def read_inputs(cfg: Config, *, num_replicas: int) -> Inputs:
             f"{num_replicas} processes"
         )
     tokenizer = HFTokenizer(cfg.model)
+    _check_engine_fits(cfg)
     limits = {
         "max_prompt_tokens": cfg.data.max_prompt_tokens,
         "long_prompts": cfg.data.long_prompts,
     }
     prompts, dropped = read_prompts(cfg.data.train, tokenizer, **limits)
-    held_out, _ = read_prompts(cfg.data.eval, tokenizer, **limits)
+    held_out, also_dropped = read_prompts(cfg.data.eval, tokenizer, **limits)
     if len(prompts) < cfg.algorithm.num_prompts:
         raise InputError(
             f"{cfg.data.train}: {len(prompts)} prompts are fewer than a step's "
@@ -50,11 +57,54 @@ def read_inputs(cfg: Config, *, num_replicas: int) -> Inputs:
         )
     if cfg.algorithm.method == "oracle" and not all(prompt.solution for prompt in prompts):
         raise InputError(f"{cfg.data.train}: algorithm.method=oracle needs `solution` in each row")
+    if replay is not None:
+        _check_replay(cfg, prompts, replay)
     return Inputs(
         tokenizer=tokenizer,
         prompts=prompts,
         held_out=held_out[: cfg.eval.num_prompts],
-        dropped=dropped,
+        dropped=[*dropped, *also_dropped],
         retained=read_demonstrations(cfg.retention.data, tokenizer) if cfg.retention.data else [],
         shapes=tensor_shapes(cfg.model),
     )
+
+
+def read_sft_inputs(cfg: Config, *, num_replicas: int) -> list[tuple[Tokens, Tokens]]:
+    """The demonstrations of a warm start."""
+    if cfg.sft is None:
+        raise InputError("the config has no `sft` section")
+    RunFolder(cfg.sft.run_dir).check_free()
+    if cfg.sft.batch_size % num_replicas:
+        raise InputError(
+            f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_replicas} processes"
+        )
+    weight_files(cfg.sft.model)
+    return read_demonstrations(cfg.sft.data, HFTokenizer(cfg.sft.model))
+
+
+def _check_engine_fits(cfg: Config) -> None:
+    """The rollout engine must hold the longest sequence."""
+    model = read_config(cfg.model)
+    longest = cfg.rollout.max_model_len
+    if longest > model["max_position_embeddings"]:
+        raise InputError(
+            f"rollout.max_model_len={longest} is more than the model's "
+            f"max_position_embeddings={model['max_position_embeddings']}"
+        )
+    num_heads = model["num_attention_heads"]
+    head_size = model.get("head_dim") or model["hidden_size"] // num_heads
+    num_values = 2 * model["num_hidden_layers"] * model.get("num_key_value_heads", num_heads)
+    num_bytes = num_values * head_size * {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    if cfg.rollout.kv_cache_bytes < num_bytes * longest:
+        raise InputError(
+            f"rollout.kv_cache_bytes={cfg.rollout.kv_cache_bytes} does not hold one sequence of "
+            f"rollout.max_model_len={longest} tokens: that takes {num_bytes * longest}"
+        )
+
+
+def _check_replay(cfg: Config, prompts: Sequence[Prompt], replay: Path) -> None:
+    """The journal has every step's rollouts of the very prompts that this run will draw."""
+    order = PromptSet(prompts, seed=counter_seed(cfg.seed, "data"), replica=0, num_replicas=1)
+    for step in range(cfg.num_steps):
+        ids = [prompt.id for prompt in order.next(cfg.algorithm.num_prompts)]
+        check_replay(RunFolder(replay).rollouts, ids, step=step)

@@ -29,6 +29,7 @@ class Journal:
     num_replicas: int
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
+        self.folder.mkdir(exist_ok=True)
         stem = self.folder / f"{step:06d}-{self.replica:05d}-of-{self.num_replicas:05d}"
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         arrays = BytesIO()
@@ -47,13 +48,28 @@ class Journal:
 
 def read_step(folder: Path, step: int) -> list[Group]:
     """All replicas' groups of one step, in replica order. `InputError` if a part is missing."""
+    return [group for part in _parts(folder, step) for group in _read_part(part)]
+
+
+def check_replay(folder: Path, prompt_ids: Sequence[str], *, step: int) -> None:
+    """Raises `InputError` unless the journal holds this step's rollouts of these prompts."""
+    lines = [line for part in _parts(folder, step) for line in part.open(encoding="utf-8")]
+    missing = set(prompt_ids) - {json.loads(line)["prompt"]["id"] for line in lines}
+    if missing:
+        raise InputError(
+            f"{folder}: step {step} has no rollouts of prompt {min(missing)!r}; a replay needs "
+            "the data, seed and number of prompts of its run"
+        )
+
+
+def _parts(folder: Path, step: int) -> list[Path]:
     parts = sorted(folder.glob(f"{step:06d}-*-of-*.jsonl"))
     if not parts:
         raise InputError(f"{folder}: no rollouts of step {step}")
     num_replicas = int(parts[0].stem.rpartition("-of-")[2])
     if len(parts) != num_replicas:
         raise InputError(f"{folder}: step {step} has {len(parts)} of {num_replicas} parts")
-    return [group for part in parts for group in _read_part(part)]
+    return parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +79,8 @@ class Replay:
     folder: Path
 
     def __call__(self, prompts: Sequence[Prompt], *, step: int) -> list[Group]:
-        groups = read_step(self.folder, step)
-        journalled = {group.prompt.id for group in groups}
-        for prompt in prompts:
-            if prompt.id not in journalled:
-                raise InputError(
-                    f"{self.folder}: step {step} has no rollouts of prompt {prompt.id!r}; a "
-                    "replay needs the data, seed and number of prompts of its run"
-                )
         wanted = {prompt.id for prompt in prompts}
+        groups = read_step(self.folder, step)
         return [group for group in groups if group.prompt.id in wanted]
 
 

@@ -45,6 +45,8 @@ def _add_rollout(rollout: Rollout, add: Add) -> None:
     score, num_own = rollout.score, len(rollout.token_ids) - rollout.num_copied
     add("tokens/suffix" if rollout.stage == "suffix" else "tokens/base", num_own, 0)
     add("tokens/prefix_cached", rollout.num_cached_tokens, 0)
+    if rollout.stage == "suffix":
+        add("reset/prefix_cached_tokens", rollout.num_cached_tokens, 0)
     add("thought/num_mean", len(rollout.thoughts))
     for thought in rollout.thoughts:
         add("thought/cut_rate", thought.was_cut)
@@ -74,16 +76,18 @@ def _add_resets(
         add("reset/thought_index_mean", reset.thought)
         add("reset/depth_frac_mean", reset.thought / len(seed.thoughts))
         add("reset/empty_prefix_rate", reset.thought == 0)
-        add("reset/moved_rate", reset.moved)
+        add("reset/moved_rate", reset.moved_from is not None)
         add("localize/parse_failed_rate", reset.cause == "unparsed")
         add("localize/no_error_rate", reset.cause == "no_error")
         add("localize/too_long_rate", reset.cause == "too_long")
         truth = first_wrong_thought(seed, delimiter)
-        if truth is None or reset.cause not in ("named", "random", "oracle"):
-            continue  # a restart for want of an answer says nothing about the localizer
+        if truth is None:
+            continue
+        if reset.cause in ("named", "oracle"):  # a random draw or a restart localizes nothing
+            chosen = reset.thought if reset.moved_from is None else reset.moved_from
+            add("localize/exact_rate", chosen == truth)
+            add("localize/clean_rate", chosen <= truth)
         is_clean = reset.thought <= truth
-        add("localize/exact_rate", reset.thought == truth)
-        add("localize/clean_rate", is_clean)
         for rollout in group.rollouts:
             if rollout.stage == "suffix":
                 kind = "clean" if is_clean else "erroneous"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,10 @@ class RunFolder:
                 f"run_dir={self.root}: already holds another run; name a new folder "
                 "(run_dir=PATH) or remove this one"
             )
+        parent = next(path for path in self.root.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"run_dir={self.root}: {parent} is no folder that can be written to")
 
     def create(self, cfg: Config) -> None:
-        self.rollouts.mkdir(parents=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "config.yaml").write_text(dump_config(cfg), "utf-8")

@@ -13,36 +13,25 @@ from dataclasses import dataclass
 import torch
 
 from megatron_srpo.config import Config, SftConfig
-from megatron_srpo.data import EpochOrder, demonstration_sample, read_demonstrations
+from megatron_srpo.data import EpochOrder, demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
-from megatron_srpo.engines.megatron.model import is_tied
 from megatron_srpo.exchange import exchange
-from megatron_srpo.hf_folder import weight_files, write_folder
+from megatron_srpo.export import save_hf
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.telemetry import Telemetry
-from megatron_srpo.tokenizer import HFTokenizer
-from megatron_srpo.types import InputError, Sample, Tokens
+from megatron_srpo.types import Sample, Tokens
 
 Demonstrations = Sequence[tuple[Tokens, Tokens]]
 
 
-def sft(cfg: Config) -> None:
-    """Train `sft.model` on `sft.data`; writes `<sft.run_dir>/hf`."""
-    if cfg.sft is None:
-        raise InputError("the config has no `sft` section")
+def sft(cfg: Config, demonstrations: Demonstrations) -> None:
+    """Train `sft.model` on the demonstrations; writes `<sft.run_dir>/hf`."""
+    assert cfg.sft is not None, "checked when the demonstrations were read"
     folder = RunFolder(cfg.sft.run_dir)
-    folder.check_free()
-    tokenizer = HFTokenizer(cfg.sft.model)
-    weight_files(cfg.sft.model)
-    demonstrations = read_demonstrations(cfg.sft.data, tokenizer)
     mesh = build_mesh()
-    if cfg.sft.batch_size % mesh.world_size:
-        raise InputError(
-            f"sft.batch_size={cfg.sft.batch_size} does not divide over {mesh.world_size} processes"
-        )
     learner = MegatronLearner(
         cfg.sft.model,
         mesh,
@@ -75,10 +64,8 @@ def sft(cfg: Config) -> None:
                 stats = learner.update(batch)
             metrics = {"loss": stats["loss"], "grad_norm": stats["grad_norm"], **stopwatch.take()}
             telemetry.log(step, metrics, f"loss {stats['loss']:.3f}")
-        if mesh.rank == 0:
-            tied = is_tied(cfg.sft.model)
-            write_folder(folder.hf, learner.export(), like=cfg.sft.model, tied=tied)
-            telemetry.say(f"warm-started policy: {folder.hf}")
+        save_hf(folder.hf, learner, mesh, like=cfg.sft.model)
+        telemetry.say(f"warm-started policy: {folder.hf}")
     destroy_mesh()
 
 

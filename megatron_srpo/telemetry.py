@@ -69,8 +69,9 @@ class Telemetry:
         self._metrics = self._exits.enter_context(self._folder.metrics.open("a", encoding="utf-8"))
         self._log = self._exits.enter_context(self._folder.log.open("a", encoding="utf-8"))
         handler = logging.StreamHandler(self._log)
-        logging.getLogger("py.warnings").addHandler(handler)
-        self._exits.callback(logging.getLogger("py.warnings").removeHandler, handler)
+        handler.setLevel(logging.WARNING)
+        logging.getLogger().addHandler(handler)
+        self._exits.callback(logging.getLogger().removeHandler, handler)
         console = Console(file=sys.stderr)
         self._progress = Progress(
             TextColumn(self._name),
@@ -138,6 +139,7 @@ class Telemetry:
         if self._folder is None:
             return
         self._log.write(message + "\n")
+        self._log.flush()
         self._progress.console.print(message, highlight=False, soft_wrap=True)
 
     def __exit__(
@@ -146,4 +148,6 @@ class Telemetry:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
+        if self._folder is not None and error is not None:
+            self._log.write(f"stopped: {error}\n")
         self._exits.close()

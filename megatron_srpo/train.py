@@ -10,9 +10,8 @@ from megatron_srpo.algorithm import to_samples
 from megatron_srpo.assembly import Run, assemble
 from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
-from megatron_srpo.engines.megatron.model import is_tied
 from megatron_srpo.exchange import exchange
-from megatron_srpo.hf_folder import write_folder
+from megatron_srpo.export import save_hf
 from megatron_srpo.inputs import Inputs
 from megatron_srpo.metrics import Sums, combine, rollout_sums
 from megatron_srpo.run_folder import RunFolder
@@ -38,12 +37,11 @@ def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
         if inputs.dropped:
             telemetry.say(
                 f"{len(inputs.dropped)} prompts are longer than {cfg.data.max_prompt_tokens} "
-                f"tokens and were left out: {', '.join(inputs.dropped[:5])}"
+                f"tokens and were left out: {', '.join(inputs.dropped[:5])} ..."
             )
+        run.stopwatch.take()  # the first step does not pay for building the engines
         loop(run, telemetry)
-        if mesh.rank == 0:
-            tied = is_tied(cfg.model)
-            write_folder(folder.hf, run.learner.export(), like=cfg.model, tied=tied)
+        save_hf(folder.hf, run.learner, mesh, like=cfg.model)
         telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
     mesh.gather(None)  # nobody leaves while another still works
     run.engine.close()
@@ -54,9 +52,9 @@ def loop(run: Run, telemetry: Telemetry) -> None:
     """Every step: generate, journal, update, sync. An evaluation's policy is its step's sampler."""
     cfg, gpu = run.cfg, run.gpu
     for step in range(cfg.num_steps):
-        evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}
         prompts = run.data.next(cfg.algorithm.num_prompts)
         with gpu.generating():
+            evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}
             groups = run.collect(prompts, step=step)
         with run.stopwatch.phase("journal"):
             run.journal.write(step, groups)
@@ -69,7 +67,8 @@ def loop(run: Run, telemetry: Telemetry) -> None:
             synced = run.weight_sync(version=step + 1)
         metrics = step_metrics(run, groups, evaluated) | stats | worst(synced, run.mesh)
         telemetry.log(step, metrics, summary(metrics))
-    last = combine(run.mesh.gather(run.evaluate()))
+    with gpu.generating():
+        last = combine(run.mesh.gather(run.evaluate()))
     telemetry.log(cfg.num_steps, last, summary(last))
 
 

@@ -172,8 +172,8 @@ class Reset:
     num_tokens: int = 0
     """Generated for that answer; never trained on."""
     num_cached_tokens: int = 0
-    moved: bool = False
-    """It went back further than chosen because too few tokens were left."""
+    moved_from: int | None = None
+    """The thought that was chosen, where it left too few tokens and an earlier one was taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,10 @@
 
     python tools/compare_methods.py CONFIG OUT [--seeds 0:7] [--jobs 2] [--override KEY=VALUE ...]
 
-Runs `megatron-srpo train` once per method and seed into OUT (finished runs are kept, so it can be
-stopped and started again), then writes OUT/comparison.json and prints tables: held-out pass@1 at
-the end, area under its curve over steps and over generated tokens, and paired differences.
+Runs `megatron-srpo train` once per method and seed into OUT, then writes OUT/comparison.json and
+prints tables: held-out pass@1 at the end, area under its curve over steps and over generated
+tokens, and paired differences. Finished runs are kept, so it can be stopped and started again;
+empty OUT after a change of code or config.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ GENERATED = ("tokens/base", "tokens/suffix", "tokens/localize")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compare methods over paired seeds.")
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", default="0:7", help="FIRST:END")

@@ -120,10 +120,10 @@ MUTATIONS = (
         "kept = slice(max(seed.thoughts[reset.thought].start - 1, 0))",
         "the prefix lacks its last token"),
     Mutation("ignore-moved", "algorithm.py",
-        "return replace(reset, thought=thought, moved=thought != reset.thought)", "return reset",
+        "return replace(reset, thought=thought, moved_from=reset.thought)", "return reset",
         "a prefix leaves no room for a thought"),
     Mutation("moved-uncounted", "algorithm.py",
-        "moved=thought != reset.thought)", "moved=False)",
+        "thought=thought, moved_from=reset.thought)", "thought=thought)",
         "moved resets are not counted"),
     Mutation("room-off-by-one", "algorithm.py",
         "seed.thoughts[thought].start > room", "seed.thoughts[thought].start >= room",
@@ -426,8 +426,17 @@ def tests_of(file: str) -> list[str]:
 
 def run_tests(folder: Path, tests: Sequence[str], *options: str) -> list[str]:
     """Ids of failed tests, or what stopped pytest."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--tb=no", "-rfE", "-pno:cacheprovider", *options, *tests],
+    try:
+        done = pytest_in(folder, *options, *tests)
+    except subprocess.TimeoutExpired:
+        return ["pytest did not come to an end"]
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return failed or ([f"pytest ended with {done.returncode}"] if done.returncode else [])
+
+
+def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "--tb=no", "-rfE", "-pno:cacheprovider", *arguments],
         cwd=folder,
         env=os.environ
         | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
@@ -435,9 +444,8 @@ def run_tests(folder: Path, tests: Sequence[str], *options: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
-    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return failed or ([f"pytest ended with {done.returncode}"] if done.returncode else [])
 
 
 def judge(mutation: Mutation, red: Sequence[str]) -> Outcome:

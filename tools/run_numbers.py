@@ -48,10 +48,10 @@ def main(root: Path) -> None:
         "steps": len(steps),
         "pass_at_1": [v for line in lines for k, v in line.items() if k.startswith("eval/")],
         "export_logits_abs_max": export_difference(folder.hf, sequences),
-        **{name: max(line.get(name, 0.0) for line in steps) for name in LARGEST},
-        **{name: statistics.fmean(line.get(name, 0.0) for line in steps) for name in MEANS},
+        **{name: max(measured(steps, name)) for name in LARGEST},
+        **{name: statistics.fmean(measured(steps, name)) for name in MEANS},
         "suffixes_with_a_prefix": suffixes_with_a_prefix(folder, len(steps)),
-        **phase_shares(steps[1:]),  # the first step pays for starting up
+        **phase_shares(steps),
     }
     print(json.dumps(numbers, indent=1))
 
@@ -69,7 +69,13 @@ MEANS = (
     "tokens/suffix",
     "tokens/localize",
     "tokens/prefix_cached",
+    "reset/prefix_cached_tokens",
 )
+
+
+def measured(steps: list[dict[str, float]], name: str) -> list[float]:
+    """The metric's values, of the steps that have it."""
+    return [line[name] for line in steps if name in line]
 
 
 def export_difference(hf: Path, sequences: list[Tokens]) -> float:

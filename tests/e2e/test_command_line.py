@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,24 @@ def cut_the_weights(folder: Path) -> str:
     return "num_steps=1"
 
 
+def set_in_row(**columns: object) -> Callable[[Path], str]:
+    """The third training row gets these columns."""
+
+    def breakage(folder: Path) -> str:
+        rows = (folder / "train.jsonl").read_text().splitlines()
+        rows[2] = json.dumps(json.loads(rows[2]) | columns)
+        (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+        return "num_steps=1"
+
+    return breakage
+
+
+def spoil_the_encoding(folder: Path) -> str:
+    with (folder / "config.yaml").open("ab") as file:
+        file.write(b"# \xff\xfe\n")
+    return "num_steps=1"
+
+
 def another_architecture(folder: Path) -> str:
     path = folder / "model" / "config.json"
     path.write_text(path.read_text().replace('"qwen2"', '"gpt2"'))
@@ -177,10 +196,26 @@ def another_architecture(folder: Path) -> str:
         (lambda folder: "rollout.temprature=1", "did you mean 'rollout.temperature'?"),
         (lambda folder: "localize.template={who}", "localize.template"),
         (lambda folder: "reward=vibes", "reward='vibes'"),
+        (set_in_row(prompt=7), "row 3: prompt must be a text or chat messages"),
+        (set_in_row(prompt=[{"role": "user"}]), "row 3: prompt must be a text or chat messages"),
+        (
+            set_in_row(prompt=[{"role": "user", "content": "1+1"}]),
+            "train.jsonl: row 3: chat messages were given, but the tokenizer has no chat template",
+        ),
+        (set_in_row(answer=["3"]), "row 3: answer must be a text or a number"),
+        (set_in_row(solution="123"), "row 3: solution must be a list of texts"),
+        (spoil_the_encoding, "config.yaml: 'utf-8' codec can't decode"),
+        (lambda folder: "--replay=nowhere", "nowhere/rollouts: no rollouts of step 0"),
+        (lambda folder: f"run_dir={folder}/config.yaml/run", "is no folder that can be written to"),
+        (
+            lambda folder: "rollout.max_model_len=300",
+            "rollout.max_model_len=300 is more than the model's max_position_embeddings=256",
+        ),
+        (lambda folder: "rollout.kv_cache_bytes=1000", "does not hold one sequence"),
     ],
 )
 def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(
-    tmp_path: Path, breakage, message: str
+    tmp_path: Path, breakage: Callable[[Path], str], message: str
 ) -> None:
     config = write_small_run(tmp_path)
     process = start("train", config, breakage(tmp_path))

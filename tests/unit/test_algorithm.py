@@ -264,18 +264,18 @@ LONG = "5\n" * 11 + "2"
 
 
 @pytest.mark.parametrize(
-    "named, kept, moved",
-    [(11, 10, False), (12, 10, True), (2, 1, False)],
+    "named, kept, moved_from",
+    [(11, 10, None), (12, 10, 11), (2, 1, None)],
 )
 def test_a_prefix_that_leaves_no_room_for_a_thought_gives_way_to_the_last_that_does(
-    named: int, kept: int, moved: bool
+    named: int, kept: int, moved_from: int | None
 ):
     # 24 tokens in all, 4 for a thought: a prefix has at most 20, which are 10 thoughts.
     answers = responses("base", LONG, "1", "1", "1") | responses("suffix", *["1"] * 4)
     generator = scripted(answers | {"0/p/localize": rf"\boxed{{{named}}}"})
     _, suffix = collect(generator)
     assert suffix.reset is not None
-    assert (suffix.reset.thought, suffix.reset.moved) == (kept, moved)
+    assert (suffix.reset.thought, suffix.reset.moved_from) == (kept, moved_from)
     (context,) = {text_of(r.context) for r in requests(generator, "suffix")}
     assert context == "p=" + "5\n" * kept
 
@@ -286,7 +286,7 @@ def test_a_reset_that_moves_to_the_first_thought_merges_the_groups():
     (only,) = collect(generator, cfg=cfg)
     assert ids(only) == names("base", 4) + names("suffix", 4)
     assert only.reset is not None
-    assert (only.reset.thought, only.reset.moved) == (0, True)
+    assert (only.reset.thought, only.reset.moved_from) == (0, 1)
     assert only.reset.cause == "named" and only.reset.answer == r"\boxed{2}"
 
 
@@ -433,9 +433,6 @@ def test_rollouts_that_leave_the_same_state_have_different_seeds():
     assert len(set(seeds)) == len(seeds)
 
 
-# Red while one step may hold a prompt twice (here an epoch ends inside a step): the request ids of
-# both coincide, there are fewer rollouts than were asked for, and the rest land in the groups of
-# other prompts.
 def test_every_group_holds_rollouts_of_its_own_prompt_also_where_an_epoch_ends():
     from megatron_srpo.data import PromptSet  # brings `datasets` with it
 

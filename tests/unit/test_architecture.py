@@ -16,9 +16,9 @@ PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
     "types protocols config seeding environment run_folder",
     "algorithm resets advantages thoughts localize rewards data tokenizer hf_folder batching "
-    "inputs loss metrics stopwatch",
+    "loss metrics stopwatch",
     "engines",
-    "journal weight_sync colocation telemetry evaluate exchange sft assembly train",
+    "journal weight_sync colocation telemetry evaluate exchange export inputs sft assembly train",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -184,6 +184,11 @@ def test_grpo_needs_no_room_for_suffixes(tmp_path: Path):
             "rollout.max_response_tokens = 32",
         ),
         (
+            "rollout.max_model_len=47",
+            "config: rollout.max_model_len=47 leaves no room to localize: a prompt, its response "
+            "and localize.max_tokens make up to 48 tokens, and the template's own words",
+        ),
+        (
             "thoughts.max_tokens=25",
             "config: thoughts.max_tokens=25 is more than a whole response, "
             "rollout.max_response_tokens=24",
@@ -196,22 +201,20 @@ def test_values_that_do_not_fit_each_other_name_both(tmp_path: Path, override: s
 
 
 def test_lengths_that_just_fit_are_accepted(tmp_path: Path):
-    cfg = load_config(written(tmp_path), ["rollout.max_model_len=32", "thoughts.max_tokens=24"])
-    assert cfg.rollout.max_model_len == 32
+    cfg = load_config(written(tmp_path), ["rollout.max_model_len=48", "thoughts.max_tokens=24"])
+    assert cfg.rollout.max_model_len == 48
 
 
-# Red for a field of a field: `format` raises AttributeError or TypeError then.
 @pytest.mark.parametrize(
     "template", ["{question}", "{}", "{0}", "{steps", "boxed{1}", "{prompt.text}", "{prompt[a]}"]
 )
 def test_a_template_with_a_wrong_field_names_the_right_ones(tmp_path: Path, template: str):
-    text = yaml.safe_dump(DEFAULTS | {"localize": {"template": template}})
+    text = yaml.safe_dump(DEFAULTS | {"localize": {"template": template, "max_tokens": 16}})
     message = refusal(tmp_path, text=text)
     assert message.startswith("config: localize.template: ")
     assert "{prompt} {response} {steps}" in message
 
 
-# Red for a list and for a number: OmegaConf raises TypeError and OSError then.
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -395,7 +398,8 @@ def test_a_field_that_nothing_reads_would_be_found():
         ("localize.py", {"localize.template", "localize.chat"}),
         ("telemetry.py", {"log.wandb", "log.wandb_project", "log.tensorboard"}),
         ("algorithm.py", {"algorithm.split"}),
-        ("sft.py", {"sft.batch_size", "sft.data"}),
+        ("sft.py", {"sft.num_steps"}),
+        ("inputs.py", {"sft.data", "retention.data"}),
     ],
 )
 def test_leaving_out_the_file_that_reads_a_field_makes_it_unread(file: str, unread: set[str]):

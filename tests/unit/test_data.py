@@ -200,11 +200,10 @@ def test_dropping_every_prompt_is_an_error(own_cache: Path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("broken.jsonl", b'{"prompt": "x", \n', "not readable as json"),
+        ("broken.jsonl", b'{"prompt": "x", \n', "row 1 is not readable"),
         ("broken.parquet", b"no parquet", "not readable as parquet"),
-        # Red while `datasets` ends with a bare StopIteration here.
         ("empty.jsonl", b"", "holds no rows|not readable"),
-        ("data.csv", b"prompt,answer\n1,2\n", r"must end in one of \.jsonl, \.json, \.parquet"),
+        ("data.csv", b"prompt,answer\n1,2\n", r"must end in one of \.jsonl, \.parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error_of_one_line_that_names_it(

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_srpo.hf_folder import (
     INDEX,
+    REQUIRED,
     SINGLE,
     read_config,
     read_tensors,
@@ -32,7 +33,8 @@ HEAD = {"lm_head.weight": WEIGHTS["model.embed_tokens.weight"]}
 def model_folder(folder: Path) -> Path:
     """A policy in one file, with its config and tokenizer."""
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "tiny"}')
+    config = dict.fromkeys(REQUIRED, 1) | {"model_type": "tiny"}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("tokens")
     save_file({"old": torch.zeros(1)}, folder / SINGLE)
     return folder
@@ -77,10 +79,19 @@ def test_a_head_of_its_own_is_stored(tmp_path: Path):
 def test_config_and_tokenizer_are_copied_and_old_weights_are_not(tmp_path: Path):
     like = model_folder(tmp_path / "like")
     (like / INDEX).write_text('{"weight_map": {}}')
+    (like / "pytorch_model.bin").write_text("old weights")
     write_folder(tmp_path / "out", WEIGHTS.items(), like=like, tied=True)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "tokenizer.json", SINGLE}
-    assert read_config(tmp_path / "out") == {"model_type": "tiny"}
+    assert read_config(tmp_path / "out") == read_config(like)
+
+
+def test_the_config_names_the_dtype_that_the_weights_have_now(tmp_path: Path):
+    like = model_folder(tmp_path / "like")
+    config = read_config(like) | {"dtype": "bfloat16"}
+    (like / "config.json").write_text(json.dumps(config))
+    write_folder(tmp_path / "out", WEIGHTS.items(), like=like, tied=True)
+    assert read_config(tmp_path / "out") == config | {"dtype": "float32"}
 
 
 def test_tensors_that_share_memory_or_are_transposed_are_stored_as_they_look(tmp_path: Path):
@@ -158,7 +169,6 @@ def test_unreadable_files_are_errors_of_one_line(tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
-# Red while a broken index raises JSONDecodeError or KeyError instead of naming the file.
 @pytest.mark.parametrize("content", ["{", "{}"])
 def test_an_unreadable_index_is_an_error_that_names_it(tmp_path: Path, content: str):
     (tmp_path / INDEX).write_text(content)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_srpo.journal import Journal, Replay, read_step
+from megatron_srpo.journal import Journal, Replay, check_replay, read_step
 from megatron_srpo.types import Group, InputError, Prompt, Reset, Score, Thought
 from tests.unit.builders import group, prompt, rollout
 
@@ -40,7 +40,7 @@ def step_of(id: str) -> list[Group]:
         answer=HARD_TEXT,
         num_tokens=4,
         num_cached_tokens=6,
-        moved=True,
+        moved_from=2,
     )
     suffix = group(rollout("1234\n1", id=f"{id}/s", of=asked, num_copied=4), reset=reset)
     return [base, suffix]
@@ -139,7 +139,6 @@ def test_a_half_written_part_is_ignored(tmp_path: Path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-# Red while arrays that were removed raise FileNotFoundError instead of naming the part.
 def test_lines_without_their_arrays_are_a_missing_part(tmp_path: Path):
     journal(tmp_path).write(5, step_of("p"))
     (tmp_path / "000005-00000-of-00001.npz").unlink()
@@ -159,12 +158,15 @@ def test_a_replay_gives_the_groups_of_the_prompts_that_it_is_asked_for(tmp_path:
 
 
 def test_a_replay_of_other_prompts_is_an_error_that_says_what_it_needs(tmp_path: Path):
-    journal(tmp_path).write(5, step_of("p"))
+    journal(tmp_path, 0, 2).write(5, step_of("p"))
+    journal(tmp_path, 1, 2).write(5, step_of("q"))
+    check_replay(tmp_path, ["p", "q"], step=5)
     with pytest.raises(InputError, match="step 5 has no rollouts of prompt 'z'; a replay needs"):
-        Replay(folder=tmp_path)([prompt(id="p"), prompt(id="z")], step=5)
+        check_replay(tmp_path, ["p", "z"], step=5)
+    with pytest.raises(InputError, match="no rollouts of step 6"):
+        check_replay(tmp_path, ["p"], step=6)
 
 
-# Red while the lines are written as UTF-8 and read in the locale's encoding.
 def test_the_journal_is_read_as_utf8_whatever_the_locale(tmp_path: Path):
     journal(tmp_path).write(0, step_of("p"))
     read = (

@@ -60,7 +60,6 @@ def test_a_named_thought_always_exists(answer: str, num_thoughts: int):
         assert verdict in ("no_error", "unparsed") or 0 <= int(verdict) < num_thoughts
 
 
-# Red while a number of more than 4300 digits ends the run: Python refuses to read one.
 def test_a_number_of_any_length_is_read_as_an_answer_that_names_no_thought():
     assert parse_boxed(r"\boxed{" + "9" * 5000 + "}", 5) == "unparsed"
 

@@ -88,7 +88,7 @@ def test_the_policys_answers_reach_their_own_seeds_though_short_ones_finish_firs
     ]
     assert [r.answer for r in resets] == list(replies.values())
     assert [r.num_tokens for r in resets] == [len(text) + 1 for text in replies.values()]
-    assert not any(r.moved for r in resets)
+    assert all(r.moved_from is None for r in resets)
 
 
 def test_a_localization_request_has_its_own_purpose_limit_temperature_and_seed():
@@ -105,9 +105,11 @@ def test_a_localization_request_has_its_own_purpose_limit_temperature_and_seed()
 
 
 def test_a_question_that_leaves_no_room_for_its_answer_is_not_asked_and_restarts():
-    cfg = config(localize={"max_tokens": 20}, rollout={"max_model_len": 44})
+    cfg = config(
+        localize={"max_tokens": 20, "template": "{response}" * 3}, rollout={"max_model_len": 52}
+    )
     generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
-    long = "\n".join("1" * 12)  # the question has 26 characters, the other one 6
+    long = "\n".join("1" * 12)  # the question has 69 characters, the other one 9
     resets = SelfReset(tokenizer=TOKENIZER, cfg=cfg).choose(seeds(long, "1\n2"), generator, 0)
     assert [(r.thought, r.cause) for r in resets] == [(0, "too_long"), (1, "named")]
     assert [len(batch) for batch in generator.seen] == [1]

@@ -77,6 +77,7 @@ class MegatronLearner:
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step. A batch without micro-batches has no gradient: nothing moves."""
         if not batch.micro_batches:
+            self._optimizer.skip_step()
             return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0}
         stats = self.backward(batch)
         grad_norm = self._optimizer.step()
@@ -109,7 +110,19 @@ class MegatronLearner:
             micro_batch_size=1,
             forward_only=False,
         )
+        self._refuse_non_finite(per_micro_batch, batch)
         return self._reduce(per_micro_batch)
+
+    def _refuse_non_finite(self, stats: Sequence[dict[str, Tensor]], batch: Batch) -> None:
+        """Raises on every rank if the loss of any rank's micro-batch is not finite."""
+        bad = [
+            ", ".join(micro_batch.sample_ids)
+            for micro_batch, each in zip(batch.micro_batches, stats, strict=True)
+            if not torch.isfinite(each["loss"])
+        ]
+        everywhere = [samples for share in self._mesh.gather(bad) for samples in share]
+        if everywhere:
+            raise AlarmError(f"the loss is not finite in samples {', '.join(everywhere)}")
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self._device)
@@ -140,17 +153,16 @@ class MegatronLearner:
         logprobs_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
         advantage_T = self._tensor(micro_batch.advantage)
         loss = policy_loss(logprobs_T, weight_T, advantage_T, denominator=denominator)
-        if not torch.isfinite(loss):
-            samples = ", ".join(micro_batch.sample_ids)
-            raise AlarmError(f"loss is {loss.item()} in samples {samples}")
         entropies_T = token_entropies(
             logits_TV.detach(), temperature=self._temperature, group=self._mesh.tp_group
         )
         rollout_T = self._tensor(micro_batch.logprob)
         sampled_T = (weight_T != 0) & ~torch.isnan(rollout_T)
         off = mismatch(logprobs_T[sampled_T], rollout_T[sampled_T])
+        shown_T = -(weight_T * advantage_T * logprobs_T).detach() / denominator
         stats = {
             "loss": loss.detach().double(),
+            "demonstrations": shown_T[torch.isnan(rollout_T)].double().sum(),
             "num_tokens": sampled_T.sum().double(),
             "entropy": entropies_T[sampled_T].double().sum(),
             "abs_sum": off.abs_sum,
@@ -170,6 +182,7 @@ class MegatronLearner:
         num_tokens = max(total["num_tokens"], 1.0)
         return {
             "loss": total["loss"],
+            "loss/demonstrations": total["demonstrations"],
             "entropy": total["entropy"] / num_tokens,
             "tokens/trained": total["num_tokens"],
             "mismatch/logprob_abs_max": largest.item(),

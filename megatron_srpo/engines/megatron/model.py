@@ -40,6 +40,8 @@ def is_tied(folder: Path) -> bool:
 def build_model(folder: Path, dtype: torch.dtype) -> GPTModel:
     """With the folder's weights. Raises `InputError` if they do not fit its config."""
     hf, family = read_config(folder), family_of(folder)
+    if hf.get("use_sliding_window") or hf.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{folder}: sliding windows and activations but silu are not supported")
     config = transformer_config(hf, family, dtype)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer: Any = spec.submodules
@@ -89,8 +91,9 @@ def transformer_config(hf: dict[str, Any], family: Family, dtype: torch.dtype) -
 
 def _rope_theta(hf: dict[str, Any]) -> float:
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if scaling.get("rope_type", "default") != "default":
-        raise InputError(f"rotary scaling {scaling['rope_type']!r} is not supported")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise InputError(f"rotary scaling {kind!r} is not supported")
     return scaling.get("rope_theta") or hf.get("rope_theta", 10000.0)
 
 

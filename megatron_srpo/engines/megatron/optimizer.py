@@ -61,6 +61,10 @@ class MegatronAdam:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
+    def skip_step(self) -> None:
+        """A step without a gradient: nothing moves but the schedule."""
+        self._schedule.step(1)
+
     def step(self) -> float:
         """Clip, step, advance the learning rate; returns the gradient norm before clipping."""
         # Megatron's warm-up gives its first step a rate of 0; ours begins with 1/warmup_steps.

@@ -1,0 +1,20 @@
+"""The trained policy as a Hugging Face folder.   learner -> folder"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.engines.megatron.model import is_tied
+from megatron_srpo.hf_folder import write_folder
+from megatron_srpo.protocols import Learner
+
+
+def save_hf(out: Path, learner: Learner, mesh: Mesh, *, like: Path) -> None:
+    """Collective: every rank takes part in gathering tensors, rank 0 writes them."""
+    tensors = learner.export()
+    if mesh.rank == 0:
+        write_folder(out, tensors, like=like, tied=is_tied(like))
+    else:
+        for _ in tensors:
+            pass
