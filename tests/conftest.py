@@ -22,6 +22,12 @@ def mesh() -> Any:
 
 
 @pytest.fixture(scope="session")
+def engines() -> list[object]:
+    """Keeps rollout engines alive: vLLM's finalizer takes the process groups with it."""
+    return []
+
+
+@pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 with biases, grouped key-value heads and a tied head, and its tokenizer."""
     from tests.tiny import write_policy

@@ -221,10 +221,8 @@ MUTATIONS = (
         'counter_seed(self.run_seed, step, "reset", 0)',
         "all prompts of a step draw the same number"),
     Mutation("answers-by-finish", "resets.py",
-        "self._read(seed, answers[request.id])\n"
-        "            for seed, request in zip(seeds, requests, strict=True)",
-        "self._read(seed, answer)\n"
-        "            for seed, answer in zip(seeds, answers.values(), strict=True)",
+        "self._read(seed, answers.get(requests[seed.id].id)) for seed in seeds]",
+        "self._read(seed, answer) for seed, answer in zip(seeds, answers.values())]",
         "answers reach other seeds when short ones finish first"),
     Mutation("unparsed-last", "resets.py",
         "thought=verdict if isinstance(verdict, int) else 0,",

@@ -58,16 +58,12 @@ def trainer_temperature_off_by_one_percent(run: Run) -> Run:
     return run
 
 
-ENGINES: list[object] = []
-"""vLLM's finalizer takes its process groups with it: engines of earlier tests stay alive."""
-
-
 @pytest.fixture
-def run(tmp_path: Path, mesh: Mesh) -> Run:
+def run(tmp_path: Path, mesh: Mesh, engines: list[object]) -> Run:
     cfg = small_config(tmp_path, "num_steps=1", "algorithm.method=grpo")
     torch.manual_seed(0)
     run = assemble(cfg, read_inputs(cfg, num_replicas=1), mesh, replay=None)
-    ENGINES.append(run.engine)
+    engines.append(run.engine)
     # A random policy never solves the task; the parity of its length gives it a gradient.
     return replace(run, collect=_rewarded(run))
 

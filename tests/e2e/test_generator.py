@@ -18,8 +18,10 @@ from tests.tiny import reference_logprobs, write_policy
 
 
 @pytest.fixture(scope="module")
-def engine(policy: Path, mesh: Mesh) -> VllmGenerator:
-    return VllmGenerator(policy, RolloutConfig(max_model_len=160), dtype="float32")
+def engine(policy: Path, mesh: Mesh, engines: list[object]) -> VllmGenerator:
+    engine = VllmGenerator(policy, RolloutConfig(max_model_len=160), dtype="float32")
+    engines.append(engine)
+    return engine
 
 
 def request(id: str, *, length: int = 20, temperature: float = 0.7, seed: int = 1) -> Request:

@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_a_number_names_its_samples(policy: Path, mesh: Mesh)
     good, bad = random_samples(2, seed=9)
     with torch.no_grad():
         learner.module.embedding.word_embeddings.weight[int(bad.token_ids[3])] = float("nan")
-    with pytest.raises(AlarmError, match=f"loss is nan in samples .*{bad.id}"):
+    with pytest.raises(AlarmError, match=f"the loss is not finite in samples .*{bad.id}"):
         learner.update(Batch(micro_batches=(pack([good, bad]),), denominator=2.0))
 
 
