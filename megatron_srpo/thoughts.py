@@ -34,12 +34,12 @@ def split_thoughts(
     for index, char_end in enumerate(accumulate(len(piece) for piece in pieces)):
         if char_end == len(text):
             break  # no text is left to begin another thought with
-        is_closed = bisect_right(delimiter_ends, char_end) > num_closed
+        was_closed, num_closed = num_closed, bisect_right(delimiter_ends, char_end)
+        is_closed = num_closed > was_closed
         if is_closed or index + 1 - start == cfg.max_tokens:
             thought = "".join(pieces[start : index + 1])
             thoughts.append(Thought(text=thought, start=start, was_cut=not is_closed))
             start = index + 1
-        num_closed = bisect_right(delimiter_ends, char_end)
     if pieces:
         thoughts.append(Thought(text="".join(pieces[start:]), start=start))
     return tuple(thoughts)

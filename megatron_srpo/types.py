@@ -6,8 +6,8 @@ Shape legend: T tokens of one sequence (`T_response`: without the prompt).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,10 @@ class AlarmError(RuntimeError):
     """A measured quantity left its stated bounds; the run must not go on as if nothing happened."""
 
 
-def freeze_arrays(noun: object) -> None:
-    """Makes every array field of a dataclass read-only."""
-    for entry in fields(noun):  # type: ignore[arg-type]
-        value = getattr(noun, entry.name)
+def freeze_arrays(noun: Any) -> None:
+    """Makes every array field of a slotted dataclass read-only."""
+    for name in noun.__slots__:
+        value = getattr(noun, name)
         if isinstance(value, np.ndarray):
             value.setflags(write=False)
 

@@ -296,7 +296,7 @@ MUTATIONS = (
         "re.finditer(re.escape(cfg.delimiter), text)", "re.finditer(cfg.delimiter, text)",
         "a delimiter with a full stop ends thoughts anywhere"),
     Mutation("closed-forgotten", "thoughts.py",
-        "> num_closed\n", "> len(thoughts)\n",
+        "num_closed > was_closed", "num_closed > len(thoughts)",
         "two delimiters in a token, or a cut, shift all later boundaries"),
     # --- advantages ---
     Mutation("sample-std", "advantages.py",

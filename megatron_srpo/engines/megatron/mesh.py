@@ -41,19 +41,22 @@ class Mesh:
 
     def exchange(self, outgoing: Sequence[T]) -> list[T]:
         """`outgoing[r]` goes to rank r; returns what each rank had for this one."""
-        packed = [bytearray(pickle.dumps(value)) for value in outgoing]
-        buffers = [torch.frombuffer(content, dtype=torch.uint8) for content in packed]
-        sizes = self.gather([len(buffer) for buffer in buffers])
+        sent = [b"" if r == self.rank else pickle.dumps(x) for r, x in enumerate(outgoing)]
+        sizes = self.gather([len(content) for content in sent])
         incoming_sizes = [row[self.rank] for row in sizes]
         incoming = torch.empty(sum(incoming_sizes), dtype=torch.uint8)
         dist.all_to_all_single(
             incoming,
-            torch.cat(buffers),
+            torch.tensor(bytearray(b"".join(sent)), dtype=torch.uint8),
             output_split_sizes=incoming_sizes,
             input_split_sizes=sizes[self.rank],
             group=self.host_group,
         )
-        return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(incoming_sizes)]
+        parts = [part.numpy().tobytes() for part in incoming.split(incoming_sizes)]
+        return [
+            outgoing[self.rank] if r == self.rank else pickle.loads(part)
+            for r, part in enumerate(parts)
+        ]
 
 
 def build_mesh() -> Mesh:
