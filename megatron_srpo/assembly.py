@@ -13,12 +13,12 @@ from megatron_srpo.advantages import GroupNormalized
 from megatron_srpo.algorithm import Roles, collect_groups
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
-from megatron_srpo.data import EpochOrder, PromptSet
+from megatron_srpo.data import EpochOrder
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import pass_at_1
-from megatron_srpo.inputs import Inputs
+from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
@@ -77,7 +77,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
     return Run(
         cfg=cfg,
         mesh=mesh,
-        data=PromptSet(inputs.prompts, seed=counter_seed(cfg.seed, "data"), **replica),
+        data=prompt_set(cfg, inputs.prompts, **replica),
         collect=Replay(folder=RunFolder(replay).rollouts) if replay else live,
         credit=GroupNormalized(),
         auxiliary=_auxiliary(cfg, inputs, replica),

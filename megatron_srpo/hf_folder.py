@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{folder / 'config.json'}: has no {missing[0]!r}")
     return config
+
+
+def num_kv_heads(config: Mapping[str, Any]) -> int:
+    """As many as query heads where config.json does not say."""
+    return config.get("num_key_value_heads", config["num_attention_heads"])
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    """The hidden size's share where config.json does not say."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -78,8 +88,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor), one at a time."""
-    files = weight_files(folder)
-    for path in sorted(set(files.values())):
+    for path in sorted(set(weight_files(folder).values())):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)
@@ -88,9 +97,9 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of every tensor that the model has, a tied head included; nothing is loaded."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, path in weight_files(folder).items():
+    for path in sorted(set(weight_files(folder).values())):
         with _open(path) as file:
-            shapes[name] = tuple(file.get_slice(name).get_shape())
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if "model.embed_tokens.weight" not in shapes:
         raise InputError(f"{folder}: the weights lack model.embed_tokens.weight")
     shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])

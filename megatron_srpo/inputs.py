@@ -11,7 +11,13 @@ from pathlib import Path
 
 from megatron_srpo.config import Config
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
-from megatron_srpo.hf_folder import read_config, tensor_shapes, weight_files
+from megatron_srpo.hf_folder import (
+    head_size,
+    num_kv_heads,
+    read_config,
+    tensor_shapes,
+    weight_files,
+)
 from megatron_srpo.journal import check_replay
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
@@ -82,6 +88,14 @@ def read_sft_inputs(cfg: Config, *, num_replicas: int) -> list[tuple[Tokens, Tok
     return read_demonstrations(cfg.sft.data, HFTokenizer(cfg.sft.model))
 
 
+def prompt_set(
+    cfg: Config, prompts: Sequence[Prompt], *, replica: int, num_replicas: int
+) -> PromptSet:
+    """The order in which the run draws its prompts, for one replica."""
+    seed = counter_seed(cfg.seed, "data")
+    return PromptSet(prompts, seed=seed, replica=replica, num_replicas=num_replicas)
+
+
 def _check_engine_fits(cfg: Config) -> None:
     """The rollout engine must hold the longest sequence."""
     model = read_config(cfg.model)
@@ -91,10 +105,8 @@ def _check_engine_fits(cfg: Config) -> None:
             f"rollout.max_model_len={longest} is more than the model's "
             f"max_position_embeddings={model['max_position_embeddings']}"
         )
-    num_heads = model["num_attention_heads"]
-    head_size = model.get("head_dim") or model["hidden_size"] // num_heads
-    num_values = 2 * model["num_hidden_layers"] * model.get("num_key_value_heads", num_heads)
-    num_bytes = num_values * head_size * {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    num_values = 2 * model["num_hidden_layers"] * num_kv_heads(model) * head_size(model)
+    num_bytes = num_values * {"float32": 4, "bfloat16": 2}[cfg.dtype]
     if cfg.rollout.kv_cache_bytes < num_bytes * longest:
         raise InputError(
             f"rollout.kv_cache_bytes={cfg.rollout.kv_cache_bytes} does not hold one sequence of "
@@ -104,7 +116,7 @@ def _check_engine_fits(cfg: Config) -> None:
 
 def _check_replay(cfg: Config, prompts: Sequence[Prompt], replay: Path) -> None:
     """The journal has every step's rollouts of the very prompts that this run will draw."""
-    order = PromptSet(prompts, seed=counter_seed(cfg.seed, "data"), replica=0, num_replicas=1)
+    order = prompt_set(cfg, prompts, replica=0, num_replicas=1)
     for step in range(cfg.num_steps):
         ids = [prompt.id for prompt in order.next(cfg.algorithm.num_prompts)]
         check_replay(RunFolder(replay).rollouts, ids, step=step)

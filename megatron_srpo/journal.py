@@ -53,8 +53,8 @@ def read_step(folder: Path, step: int) -> list[Group]:
 
 def check_replay(folder: Path, prompt_ids: Sequence[str], *, step: int) -> None:
     """Raises `InputError` unless the journal holds this step's rollouts of these prompts."""
-    lines = [line for part in _parts(folder, step) for line in part.open(encoding="utf-8")]
-    missing = set(prompt_ids) - {json.loads(line)["prompt"]["id"] for line in lines}
+    rows = [row for part in _parts(folder, step) for row in _rows(part)]
+    missing = set(prompt_ids) - {row["prompt"]["id"] for row in rows}
     if missing:
         raise InputError(
             f"{folder}: step {step} has no rollouts of prompt {min(missing)!r}; a replay needs "
@@ -111,6 +111,10 @@ def _row(group: Group) -> dict[str, Any]:
     }
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
 def _read_part(path: Path) -> list[Group]:
     if not path.with_suffix(".npz").is_file():
         raise InputError(f"{path.with_suffix('.npz')}: is missing")
@@ -119,8 +123,7 @@ def _read_part(path: Path) -> list[Group]:
         token_ids = iter(_unflat(arrays["token_ids"], arrays["lengths"]))
         logprobs = iter(_unflat(arrays["logprobs"], arrays["lengths"]))
     groups = []
-    for line, ids in zip(path.read_text("utf-8").split("\n")[:-1], prompt_ids, strict=True):
-        row = json.loads(line)
+    for row, ids in zip(_rows(path), prompt_ids, strict=True):
         known = row["prompt"] | {"solution": tuple(row["prompt"]["solution"])}
         prompt = Prompt(**known, token_ids=ids)
         rollouts = tuple(

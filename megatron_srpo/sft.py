@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_srpo.config import Config, SftConfig
+from megatron_srpo.config import Config
 from megatron_srpo.data import EpochOrder, demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
@@ -52,7 +52,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
         stopwatch=stopwatch,
     ) as telemetry:
         for step in range(cfg.sft.num_steps):
-            mine = _share(step, cfg.sft, mesh.rank, mesh.world_size)
+            mine = _share(step, cfg.sft.batch_size, mesh.rank, mesh.world_size)
             samples = [
                 demonstration_sample(
                     str(order[i]), *demonstrations[order[i]], weight=1.0, count=1.0
@@ -69,9 +69,9 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
     destroy_mesh()
 
 
-def _share(step: int, cfg: SftConfig, rank: int, world_size: int) -> range:
-    """Positions of this rank's demonstrations of a step."""
-    return range(step * cfg.batch_size + rank, (step + 1) * cfg.batch_size, world_size)
+def _share(step: int, num_samples: int, rank: int, num_ranks: int) -> range:
+    """Positions of a rank's demonstrations, of a step's `num_samples`."""
+    return range(step * num_samples + rank, (step + 1) * num_samples, num_ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +94,7 @@ class Retention:
 
     def samples(self, step: int) -> list[Sample]:
         """This replica's share; they count nothing in the denominator."""
-        positions = range(
-            step * self.num_samples + self.replica, (step + 1) * self.num_samples, self.num_replicas
-        )
+        positions = _share(step, self.num_samples, self.replica, self.num_replicas)
         return [
             demonstration_sample(
                 f"retention/{position}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from tests.e2e.small_run import write_small_run
+from tests.launch import unlaunched_environment
 
 UNSTABLE = ("time/", "speed/", "memory/")
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
@@ -29,7 +28,7 @@ def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={name: value for name, value in os.environ.items() if name not in LAUNCHED},
+        env=unlaunched_environment(),
     )
 
 

@@ -14,8 +14,10 @@ from transformers import Qwen2ForCausalLM
 from megatron_srpo.batching import pack
 from megatron_srpo.engines.megatron.logprobs import token_entropies
 from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import write_folder
 from megatron_srpo.types import AlarmError, Batch, Sample
+from tests.launch import unlaunched_environment
 from tests.parallel.gradients import NUM_SAMPLES, TEMPERATURE, build_learner, hf_gradients
 from tests.tiny import logprobs_of, random_samples, reference_logprobs, write_policy
 
@@ -54,17 +56,11 @@ def run_processes(num: int, policy: Path, out: Path, *flags: str) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num)]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["-m", "tests.parallel.gradients", str(policy), str(out), *flags]
-    environment = _plain_environment()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=unlaunched_environment()
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
-
-
-def _plain_environment() -> dict[str, str]:
-    import os
-
-    mine = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in mine}
 
 
 def test_two_data_parallel_processes_have_the_gradient_of_the_unpacked_float64_reference(
@@ -79,8 +75,6 @@ def test_two_data_parallel_processes_have_the_gradient_of_the_unpacked_float64_r
 def test_the_gradient_does_not_depend_on_micro_batch_size_or_packing_order(
     policy: Path, mesh: Mesh, expected: Reference, max_tokens: int, order: str
 ) -> None:
-    from megatron_srpo.exchange import exchange
-
     learner = build_learner(policy, mesh)
     samples = random_samples(NUM_SAMPLES, seed=1)
     if order == "reversed":
@@ -90,8 +84,6 @@ def test_the_gradient_does_not_depend_on_micro_batch_size_or_packing_order(
 
 
 def test_samples_without_advantage_change_only_the_denominator(policy: Path, mesh: Mesh) -> None:
-    from megatron_srpo.exchange import exchange
-
     samples = random_samples(6, seed=3)
     silent = [
         Sample(

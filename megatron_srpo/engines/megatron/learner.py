@@ -157,12 +157,18 @@ class MegatronLearner:
             logits_TV.detach(), temperature=self._temperature, group=self._mesh.tp_group
         )
         rollout_T = self._tensor(micro_batch.logprob)
-        sampled_T = (weight_T != 0) & ~torch.isnan(rollout_T)
+        shown_T = torch.isnan(rollout_T)
+        sampled_T = (weight_T != 0) & ~shown_T
         off = mismatch(logprobs_T[sampled_T], rollout_T[sampled_T])
-        shown_T = -(weight_T * advantage_T * logprobs_T).detach() / denominator
+        demonstrations = policy_loss(
+            logprobs_T.detach()[shown_T],
+            weight_T[shown_T],
+            advantage_T[shown_T],
+            denominator=denominator,
+        )
         stats = {
             "loss": loss.detach().double(),
-            "demonstrations": shown_T[torch.isnan(rollout_T)].double().sum(),
+            "demonstrations": demonstrations.double(),
             "num_tokens": sampled_T.sum().double(),
             "entropy": entropies_T[sampled_T].double().sum(),
             "abs_sum": off.abs_sum,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -47,7 +48,7 @@ class Mesh:
         incoming = torch.empty(sum(incoming_sizes), dtype=torch.uint8)
         dist.all_to_all_single(
             incoming,
-            torch.tensor(bytearray(b"".join(sent)), dtype=torch.uint8),
+            torch.from_numpy(np.frombuffer(b"".join(sent), dtype=np.uint8).copy()),
             output_split_sizes=incoming_sizes,
             input_split_sizes=sizes[self.rank],
             group=self.host_group,

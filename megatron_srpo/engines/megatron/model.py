@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_srpo.engines.megatron.attention import PackedCausalAttention
 from megatron_srpo.engines.megatron.families.qwen2 import QWEN2
 from megatron_srpo.engines.megatron.names import Family, join, split
-from megatron_srpo.hf_folder import read_config, read_tensors
+from megatron_srpo.hf_folder import head_size, num_kv_heads, read_config, read_tensors
 from megatron_srpo.types import InputError
 
 FAMILIES = (QWEN2,)
@@ -61,14 +61,13 @@ def build_model(folder: Path, dtype: torch.dtype) -> GPTModel:
 
 def transformer_config(hf: dict[str, Any], family: Family, dtype: torch.dtype) -> TransformerConfig:
     """Fusions that need CUDA extensions are off; `calculate_per_token_loss`: see `learner.py`."""
-    num_heads = hf["num_attention_heads"]
     return TransformerConfig(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         ffn_hidden_size=hf["intermediate_size"],
-        num_attention_heads=num_heads,
-        num_query_groups=hf.get("num_key_value_heads", num_heads),
-        kv_channels=hf.get("head_dim") or hf["hidden_size"] // num_heads,
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=num_kv_heads(hf),
+        kv_channels=head_size(hf),
         normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"],
         gated_linear_unit=True,

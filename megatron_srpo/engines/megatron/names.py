@@ -6,7 +6,7 @@ for each key-value group, the group's query heads, then its key head, then its v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,9 +58,3 @@ def split(layout: Layout, tensor: Tensor, num_groups: int, heads_per_group: int)
         parts = per_group.split([heads_per_group, 1, 1], dim=1)
         return [part.flatten(0, 2) for part in parts]
     return list(tensor.chunk(2)) if layout == "concat" else [tensor]
-
-
-def hf_names(family: Family, megatron_names: Sequence[str]) -> Iterator[str]:
-    """All Hugging Face names that these parameters make."""
-    for name in megatron_names:
-        yield from family.rule(name)[1]
