@@ -41,35 +41,100 @@ class DataConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    method: Literal["grpo", "rrpo", "srpo", "oracle"] = "srpo"
-    """grpo: no resets. rrpo: to a random thought. srpo: to the thought that the policy blames.
-    oracle: to the first wrong thought, where the task knows it."""
+    resets: str = "self"
+    """none (GRPO); random (RRPO); self (SRPO): the thought that the policy blames; oracle: the
+    first wrong one, where the task knows it; depth_matched: as deep as `self` went for another
+    prompt (a control); or your own rule, FILE.py:CLASS."""
     num_prompts: Count = 16
     """Per step, over all replicas."""
     num_rollouts: Count = 8
     """N: trained rollouts per prompt, base and suffix together."""
-    split: Annotated[str, Field(pattern=r"^1x[1-9][0-9]*$")] = "1x4"
-    """SEEDSxSUFFIXES: of the N rollouts, so many restart from a failed one; the rest are fresh."""
+    split: Annotated[str, Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")] = "1x4"
+    """SEEDSxSUFFIXES: of the N rollouts so many restart from failed ones; the rest is the base."""
+    seeds: Literal["in_group", "extra_draws"] = "in_group"
+    """in_group: the first failed base rollouts, which stay in their group. extra_draws: fresh ones
+    are drawn until enough have failed; those are reset and not trained (the paper's release)."""
+    max_draws: Count = 12
+    """Fresh rollouts of a prompt at most, with `seeds=extra_draws`."""
+    reset_offset: CountOrZero = 0
+    """Resets go back so many thoughts further than the rule says."""
+    empty_prefix: Literal["merge", "separate"] = "merge"
+    """merge: rollouts that left the same state are one group, whatever led there. separate: each
+    reset has a group of its own, also one to the bare prompt (the paper's release)."""
+    truncated: Literal["train", "mask"] = "train"
+    """mask: a response cut by its length counts in its group's statistics and not in the loss."""
+    max_redraws: CountOrZero = 0
+    """A prompt whose every group has equal rewards is drawn anew up to so many times."""
+
+    @property
+    def num_seeds(self) -> int:
+        """Failed rollouts of a prompt that are reset."""
+        return 0 if self.resets == "none" else int(self.split.split("x")[0])
 
     @property
     def num_suffixes(self) -> int:
-        """Rollouts per prompt that restart from a reset state."""
-        return 0 if self.method == "grpo" else int(self.split.split("x")[1])
+        """Rollouts from each reset state."""
+        return int(self.split.split("x")[1])
 
     @property
     def num_base(self) -> int:
         """Fresh rollouts per prompt."""
-        return self.num_rollouts - self.num_suffixes
+        return self.num_rollouts - self.num_seeds * self.num_suffixes
 
     @model_validator(mode="after")
     def _split_fits(self) -> AlgorithmConfig:
-        if self.num_base < 1:
+        again = self.num_seeds * self.num_suffixes
+        if self.num_base < 0:
             raise ValueError(
-                f"num_rollouts={self.num_rollouts} does not fit split={self.split}: "
-                f"{self.num_suffixes} suffixes need at least {self.num_suffixes + 1} rollouts, "
-                "since the seed is one of the fresh ones"
+                f"num_rollouts={self.num_rollouts} does not fit split={self.split}, "
+                f"which alone makes {again}"
+            )
+        if self.seeds == "in_group" and self.num_base < self.num_seeds:
+            raise ValueError(
+                f"num_rollouts={self.num_rollouts} with split={self.split} has {self.num_base} "
+                f"base rollouts and needs {self.num_seeds} failed ones among them; give more "
+                "num_rollouts, or seeds=extra_draws"
+            )
+        if self.num_seeds and self.seeds == "extra_draws" and (
+            self.max_draws < self.num_base + self.num_seeds
+        ):
+            raise ValueError(
+                f"max_draws={self.max_draws} is less than the {self.num_base} base rollouts and "
+                f"{self.num_seeds} seeds that are drawn"
             )
         return self
+
+
+class CreditConfig(Section):
+    rule: str = "group"
+    """group: (reward - baseline) / std within a group, on the tokens that a rollout sampled
+    itself; or your own rule, FILE.py:CLASS."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """leave_one_out: the mean of the group's other rewards."""
+    std: Literal["population", "sample", "none"] = "population"
+    """What the difference is divided by."""
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    """sequence_mean: over sequences, of the means over their tokens. token_mean: over tokens."""
+
+
+class LossConfig(Section):
+    surrogate: Literal["reinforce", "ppo"] = "reinforce"
+    """reinforce: advantage x log-prob (the paper). ppo: advantage x clipped ratio to the policy
+    before the step's first update."""
+    clip_low: Fraction = 0.2
+    """ppo: the ratio counts down to 1 - clip_low ..."""
+    clip_high: Positive = 0.2
+    """... and up to 1 + clip_high."""
+    kl_coef: NonNegative = 0.0
+    """Of the k3 estimate of KL(policy, initial policy), per trained token; 0: no reference."""
+    importance: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "none"
+    """Weights trainer / rollout engine, of a token or of a whole response: larger ones than
+    `importance_cap` are cut to it (truncate), or their tokens left out (mask)."""
+    importance_cap: Positive = 2.0
+    updates_per_batch: Count = 1
+    """Optimizer steps per step: a step's prompts are divided among them."""
 
 
 class ThoughtConfig(Section):
@@ -92,11 +157,19 @@ class LocalizeConfig(Section):
     """boxed: the last \\boxed{number}. verdicts: one + or - a thought up to the first -."""
     temperature: NonNegative = 0.3
     max_tokens: Count = 1024
+    fallback: Literal["restart", "random", "skip"] = "restart"
+    """If the answer names no thought: go back to the prompt, to a random thought, or nowhere (the
+    reset's rollouts are then fresh ones)."""
 
 
 class RolloutConfig(Section):
+    tp: Count = 1
+    """Processes that hold one rollout engine together (vLLM's tensor parallel size)."""
     max_response_tokens: Count = 1024
     temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Below 1 the engine's log-probs are those of the nucleus: they are then neither compared
+    with the trainer's nor used as importance weights."""
     max_model_len: Count = 4096
     """Longest sequence in the engine, a localization question with its answer included."""
     max_num_seqs: Count = 256
@@ -125,6 +198,13 @@ class OptimizerConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    tp: Count = 1
+    """Processes that share each layer of the policy (tensor parallel)."""
+    pp: Count = 1
+    """Stages of consecutive layers (pipeline parallel). The rest is data parallel."""
+
+
 class RetentionConfig(Section):
     data: Path | None = None
     """Labelled localization demonstrations (`prompt`, `response`); null: no such loss."""
@@ -140,6 +220,22 @@ class EvalConfig(Section):
     num_prompts: Count = 256
     """The first so many of the held-out set."""
     temperature: NonNegative = 1.0
+    """0: greedy."""
+    num_samples: Count = 1
+    """Responses per problem."""
+    pass_at: tuple[Count, ...] = (1,)
+    """The ks of pass@k, each at most `num_samples`."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvalConfig:
+        if not self.pass_at or max(self.pass_at) > self.num_samples:
+            raise ValueError(
+                f"pass_at={list(self.pass_at)} needs one k at least, none above "
+                f"num_samples={self.num_samples}"
+            )
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(f"num_samples={self.num_samples} greedy responses would be the same")
+        return self
 
 
 class LogConfig(Section):
@@ -172,15 +268,19 @@ class Config(Section):
     """Of weights and activations in the trainer and in the rollout engine."""
     max_logprob_diff: Positive = 1e-5
     """The run stops where trainer and rollout engine differ by more nats on any token."""
+    parallel: ParallelConfig = ParallelConfig()
     micro_batch_tokens: Count = 16384
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
-    reward: Literal["last_line", "boxed"] = "boxed"
-    """Where the response's answer stands, to be compared with `answer` as text."""
+    reward: str = "boxed"
+    """last_line, boxed: where the response's answer stands, to be compared with `answer` as text;
+    or your own reward, FILE.py:FUNCTION."""
     data: DataConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     thoughts: ThoughtConfig = ThoughtConfig()
     localize: LocalizeConfig = LocalizeConfig()
     rollout: RolloutConfig = RolloutConfig()
+    credit: CreditConfig = CreditConfig()
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     retention: RetentionConfig = RetentionConfig()
     eval: EvalConfig = EvalConfig()
@@ -196,7 +296,7 @@ class Config(Section):
                 f"rollout.max_model_len={self.rollout.max_model_len} is less than "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
             )
-        if self.algorithm.method == "srpo" and longest + self.localize.max_tokens > (
+        if self.algorithm.resets in ("self", "depth_matched") and longest + self.localize.max_tokens > (
             self.rollout.max_model_len
         ):
             raise ValueError(
@@ -208,6 +308,15 @@ class Config(Section):
             raise ValueError(
                 f"thoughts.max_tokens={self.thoughts.max_tokens} is more than a whole response, "
                 f"rollout.max_response_tokens={self.rollout.max_response_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nucleus_has_no_ratios(self) -> Config:
+        if self.rollout.top_p < 1 and self.loss.importance != "none":
+            raise ValueError(
+                f"loss.importance={self.loss.importance} needs log-probs over the whole "
+                f"vocabulary: rollout.top_p must be 1, not {self.rollout.top_p:g}"
             )
         return self
 

@@ -53,6 +53,15 @@ class Generator(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """A rollout engine that judges given sequences."""
+
+    def score(self, sequences: Sequence[Tokens]) -> list[Floats]:
+        """Each [T - 1]: log-prob of every token after the first, at temperature 1; nothing is
+        generated. All processes of a replica pass the same sequences."""
+        ...
+
+
 class WeightReceiver(Protocol):
     """A rollout engine whose weights can be replaced while it runs."""
 
@@ -68,15 +77,15 @@ class Reward(Protocol):
 
 
 class ResetRule(Protocol):
-    """Chooses how far a failed rollout goes back."""
+    """Chooses how far a failed rollout goes back. Built with (cfg: Config, tokenizer: Tokenizer)."""
 
-    def choose(self, seeds: Sequence[Rollout], generator: Generator, step: int) -> list[Reset]:
-        """One reset per seed, in their order."""
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+        """One reset per seed, in their order; whatever is drawn is drawn from the seed's id."""
         ...
 
 
 class CreditRule(Protocol):
-    """Turns rewards into credit per token."""
+    """Turns rewards into credit per token. Built with (cfg: Config)."""
 
     def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
         """(loss_weight, advantage), each [T_response], per rollout of each group."""
@@ -84,14 +93,16 @@ class CreditRule(Protocol):
 
 
 class Learner(Protocol):
-    """The policy in training."""
+    """The policy in training. Every call is collective."""
 
-    def update(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step; metrics are equal on all ranks."""
+    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """One optimizer step per batch; all speak of the policy before the first of them. Metrics
+        are equal on all ranks."""
         ...
 
-    def logprobs(self, sequences: Sequence[Tokens]) -> list[Floats]:
-        """Each [T - 1]: log-prob of every token after the first, at the training temperature."""
+    def logprobs(self, sequences: Sequence[Tokens], *, temperature: float) -> list[Floats]:
+        """Each [T - 1]: log-prob of every token after the first. The ranks that hold one copy of
+        the policy pass the same sequences, and all of them get the answer."""
         ...
 
     def export(self) -> NamedTensors:

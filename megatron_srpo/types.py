@@ -66,6 +66,8 @@ class Request:
     max_tokens: int
     temperature: float
     """0 means greedy."""
+    top_p: float = 1.0
+    """Sampled from the smallest set of tokens that holds this much probability."""
     seed: int
     """Of this request alone: what is drawn does not depend on its neighbours."""
 
@@ -81,7 +83,7 @@ class Completion:
     token_ids: Tokens
     """[T] a sampled end-of-sequence token included."""
     logprobs: Floats
-    """[T] nats, of the distribution that was sampled from."""
+    """[T] nats, of the distribution that was sampled from, renormalised if `top_p` is below 1."""
     finish_reason: Literal["stop", "length"]
     num_cached_tokens: int
     """Context tokens whose keys and values came from the prefix cache."""
@@ -128,6 +130,8 @@ class Rollout:
     logprobs: Floats
     """[T_response] nats, of whoever sampled the token."""
     num_copied: int
+    seed_id: str | None = None
+    """The rollout that was reset; its tokens are the copied ones."""
     thoughts: tuple[Thought, ...]
     score: Score
     finish_reason: Literal["stop", "length"]
@@ -152,6 +156,8 @@ class Start:
     """Tells apart the rollouts that leave the same state."""
     token_ids: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     logprobs: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    seed_id: str | None = None
+    """The failed rollout."""
 
     def __post_init__(self) -> None:
         freeze_arrays(self)
@@ -162,18 +168,20 @@ class Reset:
     """Where a failed rollout (the seed) is gone back to."""
 
     seed_id: str
-    thought: int
-    """Index of the first thought that is not kept; 0 restarts from the bare prompt."""
-    cause: Literal["random", "oracle", "named", "unparsed", "no_error", "too_long"]
-    """Who chose it. Answers `unparsed` and `no_error` name no thought, and a question that is
-    `too_long` for the engine is not asked: these restart from the prompt."""
+    thought: int | None
+    """Index of the first thought that is not kept; 0 restarts from the bare prompt, None resets
+    nothing."""
+    cause: str
+    """What chose it: random, oracle, named (by the policy), depth_matched, or a rule's own word;
+    or why nothing was chosen: the policy's answer was `unparsed`, it said `no_error`, or the
+    question was `too_long` for the engine (`localize.fallback` says what happens then)."""
     answer: str = ""
     """What the policy said when it was asked."""
     num_tokens: int = 0
     """Generated for that answer; never trained on."""
     num_cached_tokens: int = 0
     moved_from: int | None = None
-    """The thought that was chosen, where it left too few tokens and an earlier one was taken."""
+    """The thought that was chosen, where the offset or too little room made it an earlier one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +190,16 @@ class Group:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
-    reset: Reset | None = None
-    """The reset that made (some of) these rollouts."""
+    resets: tuple[Reset, ...] = ()
+    """Those that made (some of) these rollouts, or that made none."""
+    use: Literal["train", "seeds", "replaced"] = "train"
+    """train: learned from. Only on record and in the token counts: seeds, fresh rollouts drawn in
+    search of failed ones; replaced, rollouts without signal that were drawn anew."""
+
+    @property
+    def has_signal(self) -> bool:
+        """Its rewards, those that could be computed, are not all equal."""
+        return len({r.score.value for r in self.rollouts if r.score.failure is None}) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -201,6 +217,8 @@ class Sample:
     """[T] behaviour policy's, nats; NaN where unknown (demonstrations)."""
     count: float
     """Its share of the global denominator; 0 for an auxiliary loss."""
+    turn: int = 0
+    """Of n updates in a step, it belongs to number `turn` modulo n. Equal for a prompt's samples."""
 
     def __post_init__(self) -> None:
         freeze_arrays(self)
@@ -237,9 +255,9 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one rank learns from in one step."""
+    """What one rank learns from in one optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """As many as on every other rank; none if no sample of the whole step carries a gradient."""
+    """As many as on every other rank; none if no sample of any rank carries a gradient."""
     denominator: float
     """Sum of `Sample.count` over all samples of all ranks, those without a gradient included."""
