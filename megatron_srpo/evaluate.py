@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_srpo.algorithm import Roles
 from megatron_srpo.config import Config
 from megatron_srpo.metrics import Sums
+from megatron_srpo.rollouts import Roles
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import Prompt, Request
 

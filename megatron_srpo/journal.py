@@ -93,7 +93,8 @@ def _row(group: Group) -> dict[str, Any]:
             "answer": prompt.answer,
             "solution": prompt.solution,
         },
-        "reset": None if group.reset is None else _plain(group.reset),
+        "use": group.use,
+        "resets": [_plain(reset) for reset in group.resets],
         "rollouts": [
             {
                 "id": rollout.id,
@@ -102,6 +103,7 @@ def _row(group: Group) -> dict[str, Any]:
                 "text": rollout.text,
                 "thoughts": [_plain(thought) for thought in rollout.thoughts],
                 "num_copied": rollout.num_copied,
+                "seed_id": rollout.seed_id,
                 "finish_reason": rollout.finish_reason,
                 "num_cached_tokens": rollout.num_cached_tokens,
                 "weight_version": rollout.weight_version,
@@ -130,8 +132,8 @@ def _read_part(path: Path) -> list[Group]:
             _rollout(columns, prompt, next(token_ids), next(logprobs))
             for columns in row["rollouts"]
         )
-        reset = None if row["reset"] is None else Reset(**row["reset"])
-        groups.append(Group(prompt=prompt, rollouts=rollouts, reset=reset))
+        resets = tuple(Reset(**reset) for reset in row["resets"])
+        groups.append(Group(prompt=prompt, rollouts=rollouts, resets=resets, use=row["use"]))
     return groups
 
 
