@@ -100,7 +100,6 @@ def _row(group: Group) -> dict[str, Any]:
                 "id": rollout.id,
                 "stage": rollout.stage,
                 "score": _plain(rollout.score),
-                "text": rollout.text,
                 "thoughts": [_plain(thought) for thought in rollout.thoughts],
                 "num_copied": rollout.num_copied,
                 "seed_id": rollout.seed_id,
@@ -143,9 +142,8 @@ def _plain(noun: Score | Thought | Reset) -> dict[str, Any]:
 
 
 def _rollout(columns: dict[str, Any], prompt: Prompt, token_ids: Any, logprobs: Any) -> Rollout:
-    kept = {name: value for name, value in columns.items() if name != "text"}
     return Rollout(
-        **kept
+        **columns
         | {
             "score": Score(**columns["score"]),
             "thoughts": tuple(Thought(**thought) for thought in columns["thoughts"]),

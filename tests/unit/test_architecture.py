@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
     "types protocols config seeding environment run_folder",
-    "algorithm draws rollouts resets advantages extensions thoughts localize rewards data tokenizer "
-    "hf_folder batching loss metrics stopwatch",
+    "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
+    "tokenizer hf_folder batching loss metrics stopwatch",
     "engines",
     "journal weight_sync colocation telemetry evaluate exchange export inputs sft assembly train",
     "__main__",
