@@ -194,7 +194,7 @@ def another_architecture(folder: Path) -> str:
         (lambda folder: "algorithm.num_prompts=25", "24 prompts are fewer than a step's"),
         (lambda folder: "rollout.temprature=1", "did you mean 'rollout.temperature'?"),
         (lambda folder: "localize.template={who}", "localize.template"),
-        (lambda folder: "reward=vibes", "reward='vibes'"),
+        (lambda folder: "reward=vibes", "reward=vibes: must be one of"),
         (set_in_row(prompt=7), "row 3: prompt must be a text or chat messages"),
         (set_in_row(prompt=[{"role": "user"}]), "row 3: prompt must be a text or chat messages"),
         (
@@ -229,7 +229,10 @@ def test_a_world_size_that_does_not_divide_the_prompts_is_refused(tmp_path: Path
     process = start("train", write_small_run(tmp_path), "algorithm.num_prompts=5", processes=2)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "algorithm.num_prompts=5 does not divide over 2 processes" in output
+    assert (
+        "algorithm.num_prompts=5 does not divide over 2 rollout engines x loss.updates_per_batch=1"
+        in output
+    )
     assert not (tmp_path / "run").exists()
 
 
