@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.engines.megatron.names import split
@@ -24,15 +24,19 @@ from tests.tiny import random_samples
 
 NUM_SAMPLES = 13
 TEMPERATURE = 0.8
+REINFORCE = LossConfig()
 
 
-def build_learner(policy: Path, mesh: Mesh) -> MegatronLearner:
+def build_learner(
+    policy: Path, mesh: Mesh, *, loss: LossConfig = REINFORCE, warmup_steps: int = 0
+) -> MegatronLearner:
     return MegatronLearner(
         policy,
         mesh,
         dtype=torch.float32,
         temperature=TEMPERATURE,
-        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4, clip_grad=0.05),
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4, clip_grad=0.05, warmup_steps=warmup_steps),
+        loss=loss,
         num_steps=10,
     )
 

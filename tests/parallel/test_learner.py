@@ -63,11 +63,24 @@ def run_processes(num: int, policy: Path, out: Path, *flags: str) -> dict:
     return torch.load(out)
 
 
+@pytest.fixture(scope="module")
+def two_processes(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("two") / "out.pt"
+    return run_processes(2, policy, out, "--max-tokens", "120")
+
+
 def test_two_data_parallel_processes_have_the_gradient_of_the_unpacked_float64_reference(
-    policy: Path, expected: Reference, tmp_path: Path
+    two_processes: dict, expected: Reference
 ) -> None:
-    found = run_processes(2, policy, tmp_path / "out.pt", "--max-tokens", "120")
-    assert_close(found["stats"], found["gradients"], expected)
+    assert_close(two_processes["stats"], two_processes["gradients"], expected)
+
+
+def test_two_data_parallel_processes_count_what_one_counts(
+    policy: Path, mesh: Mesh, two_processes: dict
+) -> None:
+    samples = random_samples(NUM_SAMPLES, seed=1)
+    alone = build_learner(policy, mesh).backward(exchange(samples, mesh, max_tokens=100_000))
+    assert two_processes["stats"] == pytest.approx(alone, rel=2e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
@@ -114,7 +127,7 @@ def test_three_adamw_steps_follow_torch(policy: Path, mesh: Mesh) -> None:
     )
     for step in range(3):
         samples = random_samples(5, seed=step)
-        stats = learner.update(Batch(micro_batches=(pack(samples),), denominator=5.0))
+        stats = learner.update([Batch(micro_batches=(pack(samples),), denominator=5.0)])
         adam.zero_grad()
         for sample in samples:
             logprobs = logprobs_of(model, sample.token_ids, temperature=TEMPERATURE)
@@ -129,11 +142,17 @@ def test_three_adamw_steps_follow_torch(policy: Path, mesh: Mesh) -> None:
         assert float((exported[name] - parameter.detach()).abs().max()) < 1e-5, name
 
 
-def test_logprobs_are_transformers_at_the_training_temperature(policy: Path, mesh: Mesh) -> None:
+@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0, 2.0])
+def test_logprobs_are_transformers_at_any_temperature(
+    policy: Path, mesh: Mesh, temperature: float
+) -> None:
     learner = build_learner(policy, mesh)
     sequences = [sample.token_ids for sample in random_samples(4, seed=5)]
-    for tokens, found in zip(sequences, learner.logprobs(sequences), strict=True):
-        right = reference_logprobs(policy, tokens, temperature=TEMPERATURE).detach().numpy()
+    assert learner.logprobs([], temperature=temperature) == []
+    for tokens, found in zip(
+        sequences, learner.logprobs(sequences, temperature=temperature), strict=True
+    ):
+        right = reference_logprobs(policy, tokens, temperature=temperature).detach().numpy()
         np.testing.assert_allclose(found, right, atol=5e-6)
 
 
@@ -161,11 +180,11 @@ def test_a_loss_that_is_not_a_number_names_its_samples(policy: Path, mesh: Mesh)
     with torch.no_grad():
         learner.module.embedding.word_embeddings.weight[int(bad.token_ids[3])] = float("nan")
     with pytest.raises(AlarmError, match=f"the loss is not finite in samples .*{bad.id}"):
-        learner.update(Batch(micro_batches=(pack([good, bad]),), denominator=2.0))
+        learner.update([Batch(micro_batches=(pack([good, bad]),), denominator=2.0)])
 
 
 def test_a_batch_without_signal_leaves_the_policy_as_it_is(policy: Path, mesh: Mesh) -> None:
     learner = build_learner(policy, mesh)
     before = {name: tensor.clone() for name, tensor in learner.export()}
-    assert learner.update(Batch(micro_batches=(), denominator=8.0))["grad_norm"] == 0
+    assert learner.update([Batch(micro_batches=(), denominator=8.0)])["grad_norm"] == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in learner.export())
