@@ -80,7 +80,7 @@ def curve(run_dir: Path) -> dict[str, list[float]]:
         (line["step"], spent[index], value)
         for index, line in enumerate(lines)
         for name, value in line.items()
-        if name.startswith("eval/")
+        if name.startswith("eval/") and name.endswith("/pass_at_1")
     ]
     steps, tokens, passes = (list(column) for column in zip(*points, strict=True))
     return {"step": steps, "tokens": tokens, "pass_at_1": passes}

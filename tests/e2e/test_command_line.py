@@ -113,6 +113,15 @@ def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
     }
 
 
+def test_evaluating_the_exported_folder_says_what_the_run_s_last_line_says(folder: Path) -> None:
+    arguments = (*from_warm_start(folder), f"model={folder / 'first' / 'hf'}")
+    lines = finish(start("eval", folder / "config.yaml", *arguments)).splitlines()
+    (said,) = (json.loads(line) for line in lines if line.startswith("{"))
+    trained = {name: v for name, v in metrics(folder / "first")[-1].items() if "eval/" in name}
+    assert 0 < trained["eval/held_out/pass_at_1"] < 1
+    assert {name: said[name] for name in trained} == trained
+
+
 def test_wandb_offline_and_tensorboard_are_written_when_asked_for(folder: Path) -> None:
     run = folder / "logged"
     overrides = (f"run_dir={run}", "num_steps=1", "log.wandb=true", "log.tensorboard=true")
