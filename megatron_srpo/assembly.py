@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_srpo.advantages import GroupNormalized
-from megatron_srpo.algorithm import Roles, collect_groups
+from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
 from megatron_srpo.data import EpochOrder
@@ -22,8 +21,7 @@ from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
-from megatron_srpo.resets import reset_rule
-from megatron_srpo.rewards import REWARDS
+from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
@@ -69,8 +67,8 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
     roles = Roles(
         generator=TimedGenerator(engine, stopwatch),
         tokenizer=inputs.tokenizer,
-        reward=TimedReward(REWARDS[cfg.reward], stopwatch),
-        rule=reset_rule(cfg, inputs.tokenizer),
+        reward=TimedReward(inputs.reward, stopwatch),
+        rule=inputs.rule,
     )
     replica = {"replica": mesh.rank, "num_replicas": mesh.world_size}
     live = partial(collect_groups, roles=roles, cfg=cfg)
@@ -79,7 +77,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         mesh=mesh,
         data=prompt_set(cfg, inputs.prompts, **replica),
         collect=Replay(folder=RunFolder(replay).rollouts) if replay else live,
-        credit=GroupNormalized(),
+        credit=inputs.credit,
         auxiliary=_auxiliary(cfg, inputs, replica),
         journal=Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica),
         learner=learner,

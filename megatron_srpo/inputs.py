@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_srpo.advantages import CREDITS
 from megatron_srpo.config import Config
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.extensions import build, find
 from megatron_srpo.hf_folder import (
     head_size,
     num_kv_heads,
@@ -20,7 +22,8 @@ from megatron_srpo.hf_folder import (
     weight_files,
 )
 from megatron_srpo.journal import check_replay
-from megatron_srpo.protocols import Reward
+from megatron_srpo.protocols import CreditRule, ResetRule, Reward
+from megatron_srpo.resets import RULES
 from megatron_srpo.rewards import REWARDS
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
@@ -44,6 +47,9 @@ class Inputs:
     """For training."""
 
     tokenizer: HFTokenizer
+    reward: Reward
+    rule: ResetRule
+    credit: CreditRule
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     dropped: Sequence[str]
@@ -57,11 +63,7 @@ class Inputs:
 def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -> Inputs:
     """Everything that `train` needs of the user's files."""
     RunFolder(cfg.run_dir).check_free()
-    if cfg.algorithm.num_prompts % num_replicas:
-        raise InputError(
-            f"algorithm.num_prompts={cfg.algorithm.num_prompts} does not divide over "
-            f"{num_replicas} processes"
-        )
+    _check_prompts_divide(cfg, num_replicas)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
     prompts, dropped = _read_prompts(cfg.data.train, tokenizer, cfg)
@@ -71,12 +73,15 @@ def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -
             f"{cfg.data.train}: {len(prompts)} prompts are fewer than a step's "
             f"algorithm.num_prompts={cfg.algorithm.num_prompts}"
         )
-    if cfg.algorithm.method == "oracle" and not all(prompt.solution for prompt in prompts):
-        raise InputError(f"{cfg.data.train}: algorithm.method=oracle needs `solution` in each row")
+    if cfg.algorithm.resets == "oracle" and not all(prompt.solution for prompt in prompts):
+        raise InputError(f"{cfg.data.train}: algorithm.resets=oracle needs `solution` in each row")
     if replay is not None:
         _check_replay(cfg, prompts, replay)
     return Inputs(
         tokenizer=tokenizer,
+        reward=find(cfg.reward, REWARDS, key="reward"),
+        rule=build(cfg.algorithm.resets, RULES, ResetRule, cfg, tokenizer, key="algorithm.resets"),
+        credit=build(cfg.credit.rule, CREDITS, CreditRule, cfg, key="credit.rule"),
         prompts=prompts,
         held_out=held_out[: cfg.eval.num_prompts],
         dropped=[*dropped, *also_dropped],
@@ -95,7 +100,7 @@ def read_eval_inputs(cfg: Config, *, out: Path | None = None) -> EvalInputs:
     held_out, dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
     return EvalInputs(
         tokenizer=tokenizer,
-        reward=REWARDS[cfg.reward],
+        reward=find(cfg.reward, REWARDS, key="reward"),
         held_out=held_out[: cfg.eval.num_prompts],
         dropped=dropped,
     )
@@ -138,6 +143,16 @@ def _check_new_file(path: Path) -> None:
         raise InputError(f"{path}: exists already; name a new file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: {path.parent} is no folder that can be written to")
+
+
+def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:
+    """So that which prompts share an update does not depend on the number of replicas."""
+    num_updates = cfg.loss.updates_per_batch
+    if cfg.algorithm.num_prompts % (num_replicas * num_updates):
+        raise InputError(
+            f"algorithm.num_prompts={cfg.algorithm.num_prompts} does not divide over "
+            f"{num_replicas} rollout engines x loss.updates_per_batch={num_updates}"
+        )
 
 
 def _check_engine_fits(cfg: Config) -> None:

@@ -18,6 +18,9 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
 
+KINDS = ("base", "seed", "replaced", "localize", "suffix")
+"""Of generated tokens, in the metrics `tokens/...`."""
+
 
 def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
     """Run the config; or, with `replay`, train on the rollouts in that run's folder."""
@@ -30,7 +33,7 @@ def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
     with Telemetry(
         folder if mesh.rank == 0 else None,
         cfg.log,
-        name=f"train {cfg.algorithm.method}",
+        name=f"train {cfg.algorithm.resets}",
         num_steps=cfg.num_steps,
         stopwatch=run.stopwatch,
     ) as telemetry:
@@ -58,7 +61,7 @@ def loop(run: Run, telemetry: Telemetry) -> None:
             groups = run.collect(prompts, step=step)
         with run.stopwatch.phase("journal"):
             run.journal.write(step, groups)
-        samples = to_samples(groups, run.credit) + run.auxiliary(step)
+        samples = to_samples(groups, run.credit, cfg) + run.auxiliary(step)
         batch = exchange(samples, run.mesh, max_tokens=cfg.micro_batch_tokens)
         with gpu.training():
             stats = run.learner.update(batch)
@@ -84,10 +87,10 @@ def check_mismatch(stats: dict[str, float], bound: float, step: int) -> None:
 
 def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
     """All replicas' rollouts, and this process's time and memory."""
-    sums = rollout_sums(groups, run.cfg.thoughts.delimiter) | evaluated
+    sums = rollout_sums(groups, run.cfg) | evaluated
     metrics = combine(run.mesh.gather(sums))
     seconds = run.stopwatch.take()
-    generated = sum(metrics.get(f"tokens/{kind}", 0.0) for kind in ("base", "localize", "suffix"))
+    generated = sum(metrics.get(f"tokens/{kind}", 0.0) for kind in KINDS)
     speed = {"speed/tokens_per_s": generated / seconds["time/step_s"]}
     memory = {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     return metrics | seconds | speed | memory

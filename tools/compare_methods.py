@@ -21,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-METHODS = ("grpo", "rrpo", "srpo")
+METHODS = {"grpo": "none", "rrpo": "random", "srpo": "self"}
+"""name -> algorithm.resets"""
 CONTROL = "control"
 """SRPO with a learning rate of 0: what moves here is noise."""
-GENERATED = ("tokens/base", "tokens/suffix", "tokens/localize")
+GENERATED = tuple(f"tokens/{kind}" for kind in ("base", "seed", "replaced", "localize", "suffix"))
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace, method: str, seed: int) -> str:
     if (run_dir / "hf").is_dir():
         return f"{run_dir.name}: kept"
     shutil.rmtree(run_dir, ignore_errors=True)
-    overrides = [f"algorithm.method={'srpo' if method == CONTROL else method}", f"seed={seed}"]
+    overrides = [f"algorithm.resets={METHODS.get(method, 'self')}", f"seed={seed}"]
     overrides += ["optimizer.lr=0"] if method == CONTROL else []
     command = [sys.executable, "-m", "megatron_srpo", "train", str(arguments.config)]
     command += [*overrides, *arguments.override, f"run_dir={run_dir}"]

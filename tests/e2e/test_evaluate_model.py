@@ -55,13 +55,15 @@ def test_standard_output_is_one_line_of_json_and_the_run_folder_is_left_alone(
     (line,) = done.stdout.splitlines()
     assert json.loads(line).keys() == {
         "model",
-        *(
-            f"eval/held_out/{name}"
-            for name in (
-                "num_problems num_responses pass_at_1 pass_at_1_stderr pass_at_3 pass_at_3_stderr "
-                "response_tokens_mean truncated_rate failure_rate"
-            ).split()
-        ),
+        "eval/held_out/num_problems",
+        "eval/held_out/num_responses",
+        "eval/held_out/pass_at_1",
+        "eval/held_out/pass_at_1_stderr",
+        "eval/held_out/pass_at_3",
+        "eval/held_out/pass_at_3_stderr",
+        "eval/held_out/response_tokens_mean",
+        "eval/held_out/truncated_rate",
+        "eval/held_out/failure_rate",
     }
     (summary,) = done.stderr.splitlines()
     assert summary.startswith("held_out: 8 problems x 4   pass@1 0.")

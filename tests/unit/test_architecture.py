@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
     "types protocols config seeding environment run_folder",
-    "algorithm resets advantages thoughts localize rewards data tokenizer hf_folder batching "
-    "loss metrics stopwatch",
+    "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
+    "tokenizer hf_folder batching loss metrics stopwatch",
     "engines",
     "journal weight_sync colocation telemetry evaluate evaluate_model exchange export inputs sft "
     "assembly train",
@@ -24,7 +24,10 @@ LEVELS = (
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
-PURE = ("types", "protocols", "algorithm", "resets", "advantages", "thoughts", "localize")
+PURE = (
+    "types", "protocols", "algorithm", "draws", "rollouts", "resets", "advantages", "thoughts",
+    "localize",
+)  # fmt: skip
 HEAVY = ("torch", "megatron", "vllm", "transformers", "datasets")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -49,8 +49,8 @@ def answering(*prompts: Prompt, reward: Reward = last_line, **eval: Any) -> list
 
 
 def test_pass_at_k_is_the_share_of_all_choices_of_k_responses_that_hold_a_right_one():
-    for n, c in [(n, c) for n in range(1, 8) for c in range(n + 1)]:
-        for k in range(1, n + 1):
+    for n in range(1, 8):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             choices = list(itertools.combinations([True] * c + [False] * (n - c), k))
             by_hand = sum(map(any, choices)) / len(choices)
             assert chance_at(k, n, c) == pytest.approx(by_hand, abs=1e-15)
