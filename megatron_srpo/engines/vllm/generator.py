@@ -90,6 +90,9 @@ class VllmGenerator:
                     f"a sequence of {len(sequence)} tokens is longer than the engine's "
                     f"{self._max_model_len}"
                 )
+        assert not self._llm.llm_engine.has_unfinished_requests(), (
+            "another call's requests are running"
+        )
         for index, sequence in enumerate(sequences):
             if len(sequence) > 1:
                 last = [int(sequence[-1])]
