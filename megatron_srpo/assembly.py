@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron_srpo.data import EpochOrder
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
-from megatron_srpo.evaluate import pass_at_1
+from megatron_srpo.evaluate import attempt_sums, evaluate
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
@@ -26,7 +26,7 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
 from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
-from megatron_srpo.types import Sample
+from megatron_srpo.types import Prompt, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
 
 
@@ -90,17 +90,22 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
             temperature=cfg.rollout.temperature,
             max_logprob_diff=cfg.max_logprob_diff,
         ),
-        evaluate=partial(
-            pass_at_1,
-            inputs.held_out[mesh.rank :: mesh.world_size],
-            set_name=cfg.data.eval.stem,
-            roles=roles,
-            cfg=cfg,
-        ),
+        evaluate=partial(_held_out_sums, inputs.held_out[mesh.rank :: mesh.world_size], roles, cfg),
         gpu=Colocation(stopwatch),
         stopwatch=stopwatch,
         max_mismatch=float("inf") if replay else cfg.max_logprob_diff,
     )
+
+
+def _held_out_sums(prompts: Sequence[Prompt], roles: Roles, cfg: Config) -> Sums:
+    attempts = evaluate(
+        prompts,
+        generator=roles.generator,
+        tokenizer=roles.tokenizer,
+        reward=roles.reward,
+        cfg=cfg,
+    )
+    return attempt_sums(attempts, cfg)
 
 
 def _auxiliary(

@@ -5,6 +5,7 @@ Every function raises `InputError` for the first thing that is wrong.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ from megatron_srpo.types import InputError, Prompt, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalInputs:
+    """For evaluation alone."""
+
+    tokenizer: HFTokenizer
+    reward: Reward
+    held_out: Sequence[Prompt]
+    dropped: Sequence[str]
+    """Ids of prompts that are too long and were left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """For training."""
 
@@ -54,12 +66,8 @@ def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -
     _check_prompts_divide(cfg, num_replicas)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
-    limits = {
-        "max_prompt_tokens": cfg.data.max_prompt_tokens,
-        "long_prompts": cfg.data.long_prompts,
-    }
-    prompts, dropped = read_prompts(cfg.data.train, tokenizer, **limits)
-    held_out, also_dropped = read_prompts(cfg.data.eval, tokenizer, **limits)
+    prompts, dropped = _read_prompts(cfg.data.train, tokenizer, cfg)
+    held_out, also_dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
     if len(prompts) < cfg.algorithm.num_prompts:
         raise InputError(
             f"{cfg.data.train}: {len(prompts)} prompts are fewer than a step's "
@@ -82,6 +90,22 @@ def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -
     )
 
 
+def read_eval_inputs(cfg: Config, *, out: Path | None = None) -> EvalInputs:
+    """Everything that `eval` needs of the user's files; `out` must be a file that can be made."""
+    if out is not None:
+        _check_new_file(out)
+    tokenizer = HFTokenizer(cfg.model)
+    _check_engine_fits(cfg)
+    tensor_shapes(cfg.model)  # only for what it refuses
+    held_out, dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
+    return EvalInputs(
+        tokenizer=tokenizer,
+        reward=find(cfg.reward, REWARDS, key="reward"),
+        held_out=held_out[: cfg.eval.num_prompts],
+        dropped=dropped,
+    )
+
+
 def read_sft_inputs(cfg: Config, *, num_replicas: int) -> list[tuple[Tokens, Tokens]]:
     """The demonstrations of a warm start."""
     if cfg.sft is None:
@@ -101,6 +125,24 @@ def prompt_set(
     """The order in which the run draws its prompts, for one replica."""
     seed = counter_seed(cfg.seed, "data")
     return PromptSet(prompts, seed=seed, replica=replica, num_replicas=num_replicas)
+
+
+def _read_prompts(
+    path: Path, tokenizer: HFTokenizer, cfg: Config
+) -> tuple[list[Prompt], list[str]]:
+    return read_prompts(
+        path,
+        tokenizer,
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        long_prompts=cfg.data.long_prompts,
+    )
+
+
+def _check_new_file(path: Path) -> None:
+    if path.exists():
+        raise InputError(f"{path}: exists already; name a new file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: {path.parent} is no folder that can be written to")
 
 
 def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:

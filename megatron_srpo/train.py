@@ -108,7 +108,7 @@ def summary(metrics: dict[str, float]) -> str:
         "reward": metrics.get("reward/mean"),
         "pass": metrics.get("pass_rate/base"),
         "suffix": metrics.get("pass_rate/suffix"),
-        "held-out": next((v for k, v in metrics.items() if k.startswith("eval/")), None),
+        "held-out": next((v for k, v in metrics.items() if "/pass_at_" in k), None),
     }
     words = [f"{name} {value:.2f}" for name, value in shown.items() if value is not None]
     if "speed/tokens_per_s" in metrics:

@@ -113,6 +113,34 @@ def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
     }
 
 
+PARITY = """
+from megatron_srpo.types import Score
+
+def parity(prompt, response):
+    is_odd = sum(map(int, filter(str.isdigit, response))) % 2 == 1
+    failure = "ends with a seven" if response.endswith("7") else None
+    return Score(value=float(is_odd), correct=is_odd, failure=failure)
+"""
+
+
+def test_evaluating_the_exported_folder_says_what_the_run_s_last_line_says(folder: Path) -> None:
+    (folder / "parity.py").write_text(PARITY)
+    run = folder / "evaluated"
+    shared = ("eval.num_samples=8", "eval.pass_at=[1,2]", f"reward={folder}/parity.py:parity")
+    arguments = (folder / "config.yaml", *from_warm_start(folder), *shared)
+    finish(start("train", *arguments, "num_steps=1", f"run_dir={run}"))
+    lines = finish(start("eval", *arguments, f"model={run / 'hf'}")).splitlines()
+    (said,) = (json.loads(line) for line in lines if line.startswith("{"))
+    before, after = (
+        {name.rpartition("/")[2]: v for name, v in line.items() if name.startswith("eval/")}
+        for line in metrics(run)
+    )
+    assert after == {name: said[f"eval/held_out/{name}"] for name in after}
+    assert before.keys() == after.keys() and before != after
+    assert 0 < after["pass_at_1"] < after["pass_at_2"] < 1
+    assert after["failure_rate"] > 0
+
+
 def test_wandb_offline_and_tensorboard_are_written_when_asked_for(folder: Path) -> None:
     run = folder / "logged"
     overrides = (f"run_dir={run}", "num_steps=1", "log.wandb=true", "log.tensorboard=true")
