@@ -17,6 +17,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import attempt_sums, evaluate
+from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
@@ -26,7 +27,7 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
 from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
-from megatron_srpo.types import Prompt, Sample
+from megatron_srpo.types import Batch, Group, Prompt, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
 
 
@@ -41,7 +42,10 @@ class Run:
     credit: CreditRule
     auxiliary: Callable[[int], list[Sample]]
     """step -> samples of losses beside the policy loss"""
-    journal: Journal
+    record: Callable[[int, Sequence[Group]], None]
+    """Writes a step's groups to the journal, where this process is its replica's leader."""
+    exchange: Callable[[Sequence[Sample]], Batch]
+    """Samples of all replicas -> this process's batch; collective."""
     learner: Learner
     engine: VllmGenerator
     weight_sync: WeightSync
@@ -55,14 +59,7 @@ class Run:
 def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Run:
     """Collective: every rank builds its shard of both engines."""
     stopwatch = Stopwatch()
-    learner = MegatronLearner(
-        cfg.model,
-        mesh,
-        dtype=getattr(torch, cfg.dtype),
-        temperature=cfg.rollout.temperature,
-        optimizer=cfg.optimizer,
-        num_steps=cfg.num_steps,
-    )
+    learner = build_learner(cfg, mesh)
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
     roles = Roles(
         generator=TimedGenerator(engine, stopwatch),
@@ -71,6 +68,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         rule=inputs.rule,
     )
     replica = {"replica": mesh.rank, "num_replicas": mesh.world_size}
+    journal = Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica)
     live = partial(collect_groups, roles=roles, cfg=cfg)
     return Run(
         cfg=cfg,
@@ -78,8 +76,14 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         data=prompt_set(cfg, inputs.prompts, **replica),
         collect=Replay(folder=RunFolder(replay).rollouts) if replay else live,
         credit=inputs.credit,
-        auxiliary=_auxiliary(cfg, inputs, replica),
-        journal=Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica),
+        auxiliary=auxiliary_samples(cfg, inputs, replica),
+        record=journal.write if mesh.is_leader else _record_nothing,
+        exchange=partial(
+            exchange,
+            mesh=mesh,
+            max_tokens=cfg.micro_batch_tokens,
+            with_silent=cfg.loss.kl_coef > 0,
+        ),
         learner=learner,
         engine=engine,
         weight_sync=WeightSync(
@@ -90,14 +94,32 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
             temperature=cfg.rollout.temperature,
             max_logprob_diff=cfg.max_logprob_diff,
         ),
-        evaluate=partial(_held_out_sums, inputs.held_out[mesh.rank :: mesh.world_size], roles, cfg),
+        evaluate=partial(held_out_sums, inputs.held_out[mesh.rank :: mesh.world_size], roles, cfg),
         gpu=Colocation(stopwatch),
         stopwatch=stopwatch,
         max_mismatch=float("inf") if replay else cfg.max_logprob_diff,
     )
 
 
-def _held_out_sums(prompts: Sequence[Prompt], roles: Roles, cfg: Config) -> Sums:
+def _record_nothing(step: int, groups: Sequence[Group]) -> None:
+    """The other processes of a replica hold what its leader writes."""
+
+
+def build_learner(cfg: Config, mesh: Mesh) -> MegatronLearner:
+    """The policy that is trained, with the weights of `cfg.model`; collective."""
+    return MegatronLearner(
+        cfg.model,
+        mesh,
+        dtype=getattr(torch, cfg.dtype),
+        temperature=cfg.rollout.temperature,
+        optimizer=cfg.optimizer,
+        loss=cfg.loss,
+        num_steps=cfg.num_steps,
+    )
+
+
+def held_out_sums(prompts: Sequence[Prompt], roles: Roles, cfg: Config) -> Sums:
+    """One replica's share of the evaluation of the policy as it is."""
     attempts = evaluate(
         prompts,
         generator=roles.generator,
@@ -108,9 +130,10 @@ def _held_out_sums(prompts: Sequence[Prompt], roles: Roles, cfg: Config) -> Sums
     return attempt_sums(attempts, cfg)
 
 
-def _auxiliary(
+def auxiliary_samples(
     cfg: Config, inputs: Inputs, replica: dict[str, int]
 ) -> Callable[[int], list[Sample]]:
+    """step -> samples of the losses beside the policy loss."""
     if not inputs.retained:
         return lambda step: []
     return Retention(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_srpo.algorithm import to_samples
 from megatron_srpo.assembly import Run, assemble
+from megatron_srpo.batching import mini_batches
 from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
-from megatron_srpo.exchange import exchange
 from megatron_srpo.export import save_hf
 from megatron_srpo.inputs import Inputs
 from megatron_srpo.metrics import Sums, combine, rollout_sums
@@ -60,11 +60,12 @@ def loop(run: Run, telemetry: Telemetry) -> None:
             evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}
             groups = run.collect(prompts, step=step)
         with run.stopwatch.phase("journal"):
-            run.journal.write(step, groups)
+            run.record(step, groups)
         samples = to_samples(groups, run.credit, cfg) + run.auxiliary(step)
-        batch = exchange(samples, run.mesh, max_tokens=cfg.micro_batch_tokens)
+        parts = mini_batches(samples, cfg.loss.updates_per_batch)
+        batches = [run.exchange(part) for part in parts]
         with gpu.training():
-            stats = run.learner.update(batch)
+            stats = run.learner.update(batches)
         check_mismatch(stats, run.max_mismatch, step)
         with gpu.syncing():
             synced = run.weight_sync(version=step + 1)

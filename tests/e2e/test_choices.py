@@ -7,7 +7,7 @@ become, or the weights after a step on the journal. `pytest -s` prints the table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ import torch
 
 from megatron_srpo.advantages import GroupNormalized
 from megatron_srpo.algorithm import collect_groups, to_samples
+from megatron_srpo.assembly import auxiliary_samples, build_learner, held_out_sums
 from megatron_srpo.batching import mini_batches
 from megatron_srpo.config import Config, field_names, load_config
-from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
-from megatron_srpo.resets import RULES
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.types import Group, Prompt, Sample, Score
 from tests.e2e.small_run import write_small_run
@@ -154,7 +153,8 @@ class World:
     def weights(self, cfg: Config) -> dict[str, torch.Tensor]:
         """After two steps on the default samples of the journal."""
         learner = build_learner(cfg, self.mesh)
-        auxiliary = auxiliary_samples(cfg, read_inputs(cfg, num_processes=1), self.mesh)
+        inputs = read_inputs(cfg, num_processes=1)
+        auxiliary = auxiliary_samples(cfg, inputs, {"replica": 0, "num_replicas": 1})
         for step in range(2):
             samples = self.samples(self.config()) + auxiliary(step)
             learner.update(
@@ -167,7 +167,7 @@ class World:
 
     def evaluation(self, cfg: Config) -> dict[str, tuple[float, float]]:
         inputs = read_inputs(cfg, num_processes=1)
-        return pass_at_k(inputs.held_out, set_name="x", roles=self.roles(cfg, inputs), cfg=cfg)
+        return held_out_sums(inputs.held_out, self.roles(cfg, inputs), cfg)
 
 
 @pytest.fixture(scope="module")
