@@ -102,7 +102,7 @@ def assert_scores(engine: VllmGenerator, folder: Path, sequences: list[Tokens]) 
     for sequence, logprobs in zip(sequences, engine.score(sequences), strict=True):
         right = reference_logprobs(folder, sequence).detach().numpy()
         assert logprobs.dtype == np.float32
-        np.testing.assert_allclose(logprobs, right, rtol=0, atol=5e-6)
+        np.testing.assert_allclose(logprobs, right, rtol=0, atol=1e-5)
 
 
 def sequences_of(*lengths: int) -> list[Tokens]:
