@@ -43,9 +43,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.split": ("algorithm.split=2x2",),
     "algorithm.seeds": ("algorithm.seeds=extra_draws",),
     "algorithm.max_draws": (
-        "algorithm.max_draws=6",
+        "algorithm.max_draws=8",
         "algorithm.seeds=extra_draws",
-        "algorithm.split=2x2",
+        "algorithm.split=4x1",
     ),
     "algorithm.reset_offset": ("algorithm.reset_offset=1", "algorithm.resets=random"),
     "algorithm.empty_prefix": ("algorithm.empty_prefix=separate",),
@@ -55,10 +55,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "algorithm.num_rollouts=2",
         "algorithm.split=1x1",
     ),
-    "thoughts.delimiter": ("thoughts.delimiter=1", "algorithm.resets=random"),
+    "thoughts.delimiter": ("thoughts.delimiter=+", "algorithm.resets=random"),
     "thoughts.max_tokens": ("thoughts.max_tokens=3", "algorithm.resets=random"),
     "localize.template": ("localize.template='{response}'",),
-    "localize.parser": ("localize.parser=boxed",),
+    "localize.parser": (
+        "localize.parser=boxed",
+        "localize.temperature=2",
+        "thoughts.delimiter=~",
+        "thoughts.max_tokens=24",
+    ),
     "localize.temperature": ("localize.temperature=2",),
     "localize.max_tokens": ("localize.max_tokens=3",),
     "localize.fallback": ("localize.fallback=random",),
@@ -67,7 +72,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.top_p": ("rollout.top_p=0.5",),
     "rollout.max_model_len": (
         "rollout.max_model_len=52",
-        "localize.template='{response}{response}'",
+        "localize.template='{response}{response}{response}'",
     ),
     "credit.baseline": ("credit.baseline=leave_one_out",),
     "credit.std": ("credit.std=sample",),
@@ -142,7 +147,7 @@ class World:
         )
 
     def rollouts(self, cfg: Config) -> list[Group]:
-        inputs = read_inputs(cfg, num_processes=1)
+        inputs = read_inputs(cfg, num_replicas=1)
         source = prompt_set(cfg, inputs.prompts, replica=0, num_replicas=1)
         prompts = source.next(cfg.algorithm.num_prompts)
         return collect_groups(prompts, step=0, roles=self.roles(cfg, inputs), cfg=cfg)
@@ -153,7 +158,7 @@ class World:
     def weights(self, cfg: Config) -> dict[str, torch.Tensor]:
         """After two steps on the default samples of the journal."""
         learner = build_learner(cfg, self.mesh)
-        inputs = read_inputs(cfg, num_processes=1)
+        inputs = read_inputs(cfg, num_replicas=1)
         auxiliary = auxiliary_samples(cfg, inputs, {"replica": 0, "num_replicas": 1})
         for step in range(2):
             samples = self.samples(self.config()) + auxiliary(step)
@@ -166,7 +171,7 @@ class World:
         return {name: tensor.float().clone() for name, tensor in learner.export()}
 
     def evaluation(self, cfg: Config) -> dict[str, tuple[float, float]]:
-        inputs = read_inputs(cfg, num_processes=1)
+        inputs = read_inputs(cfg, num_replicas=1)
         return held_out_sums(inputs.held_out, self.roles(cfg, inputs), cfg)
 
 
