@@ -61,7 +61,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "localize.parser": (
         "localize.parser=boxed",
         "localize.temperature=2",
-        "thoughts.delimiter=#",
+        "thoughts.delimiter=ab",
         "thoughts.max_tokens=24",
     ),
     "localize.temperature": ("localize.temperature=2",),
