@@ -20,7 +20,7 @@ ranks; tests/parallel proves it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,15 @@ from megatron_srpo.config import OptimizerConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.logprobs import token_entropies, token_logprobs
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.model import build_model, export_hf, family_of
+from megatron_srpo.engines.megatron.model import build_model, family_of
 from megatron_srpo.engines.megatron.optimizer import MegatronAdam
+from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
 from megatron_srpo.loss import mismatch, policy_loss
 from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
+
+
+SUMS = ("loss", "demonstrations", "num_tokens", "entropy", "abs_sum", "k3_sum")
+"""Of a micro-batch, added up over all of them."""
 
 
 class MegatronLearner:
@@ -63,7 +68,7 @@ class MegatronLearner:
         """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over."""
         self._mesh, self._temperature = mesh, temperature
         self._family = family_of(folder)
-        self.module = build_model(folder, dtype)
+        self.module = build_model(folder, mesh, dtype)
         self._device = next(self.module.parameters()).device
         self.model = DistributedDataParallel(
             self.module.config,
@@ -74,7 +79,11 @@ class MegatronLearner:
         self.module.config.finalize_model_grads_func = _finalize_without_count
         self.module.config.grad_scale_func = self._optimizer.scale_loss
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
+        (batch,) = batches
+        return self._update(batch)
+
+    def _update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step. A batch without micro-batches has no gradient: nothing moves."""
         if not batch.micro_batches:
             self._optimizer.skip_step()
@@ -101,23 +110,36 @@ class MegatronLearner:
 
             return logits_TV, loss_func
 
-        per_micro_batch = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batch.micro_batches),
-            model=self.model,
-            num_microbatches=len(batch.micro_batches),
-            seq_length=max(len(m.token_ids) for m in batch.micro_batches),
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        per_micro_batch = self._run(forward_step, batch.micro_batches, self.model)
+        if not self._mesh.speaks_for_slot:
+            per_micro_batch = []  # the others of this copy would say the same
         self._refuse_non_finite(per_micro_batch, batch)
         return self._reduce(per_micro_batch)
+
+    def _run(
+        self,
+        forward_step: Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Any]],
+        micro_batches: Sequence[MicroBatch],
+        model: torch.nn.Module,
+        forward_only: bool = False,
+    ) -> list[Any]:
+        """Megatron's schedule; what the loss function said of each micro-batch, on the last stage."""
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(m.token_ids) for m in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
     def _refuse_non_finite(self, stats: Sequence[dict[str, Tensor]], batch: Batch) -> None:
         """Raises on every rank if the loss of any rank's micro-batch is not finite."""
         bad = [
             ", ".join(micro_batch.sample_ids)
-            for micro_batch, each in zip(batch.micro_batches, stats, strict=True)
+            for micro_batch, each in zip(batch.micro_batches, stats, strict=False)
             if not torch.isfinite(each["loss"])
         ]
         everywhere = [samples for share in self._mesh.gather(bad) for samples in share]
@@ -179,12 +201,12 @@ class MegatronLearner:
 
     def _reduce(self, per_micro_batch: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Metrics of the whole batch, equal on all ranks."""
-        names = [name for name in per_micro_batch[0] if name != "abs_max"]
-        sums = torch.stack([sum(s[name] for s in per_micro_batch) for name in names])  # type: ignore[misc]
-        largest = torch.stack([s["abs_max"] for s in per_micro_batch]).max()
-        dist.all_reduce(sums, group=self._mesh.dp_group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
-        total = dict(zip(names, sums.tolist(), strict=True))
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        sums = torch.stack([sum((s[name] for s in per_micro_batch), zero) for name in SUMS])
+        largest = torch.stack([zero, *(s["abs_max"] for s in per_micro_batch)]).max()
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
         num_tokens = max(total["num_tokens"], 1.0)
         return {
             "loss": total["loss"],
@@ -197,20 +219,37 @@ class MegatronLearner:
         }
 
     @torch.no_grad()
-    def logprobs(self, sequences: Sequence[Tokens]) -> list[Floats]:
-        """Each [T - 1]: log-prob of every token after the first, at the training temperature."""
-        answers: list[Floats] = []
-        for index, tokens in enumerate(sequences):
-            sample = demonstration_sample(str(index), tokens[:1], tokens[1:], weight=0.0, count=0.0)
-            micro_batch = pack([sample])
-            targets_T = self._tensor(micro_batch.target_ids).long()
-            logits_TV = self.logits(self.module, micro_batch)[0]
-            found_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
-            answers.append(found_T.cpu().numpy())
-        return answers
+    def logprobs(self, sequences: Sequence[Tokens], *, temperature: float) -> list[Floats]:
+        """Each [T - 1]: log-prob of every token after the first, on all ranks of the copy."""
+        if not sequences:
+            return []
+        samples = [
+            demonstration_sample(str(index), tokens[:1], tokens[1:], weight=0.0, count=0.0)
+            for index, tokens in enumerate(sequences)
+        ]
+        micro_batch = pack(samples)
+
+        def forward_step(
+            micro_batches: Iterator[MicroBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Any]:
+            targets_T = self._tensor(next(micro_batches).target_ids).long()
+
+            def logprobs_of(output: Tensor, non_loss_data: bool) -> Tensor:
+                return token_logprobs(output[0], targets_T, temperature=temperature)
+
+            return self.logits(model, micro_batch), logprobs_of
+
+        (found_T,) = self._run(forward_step, [micro_batch], self.module, forward_only=True) or [
+            torch.empty(len(micro_batch.token_ids), device=self._device)
+        ]
+        if self._mesh.pp_size > 1:
+            last = self._mesh.pp_size - 1
+            dist.broadcast(found_T, group=self._mesh.pp_group, group_src=last)
+        return np.split(found_T.cpu().numpy(), micro_batch.cu_seqlens[1:-1])
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        return export_hf(self.module, self._family)
+        parameters = local_parameters(self.module)
+        return full_tensors(self.module, self._family, self._mesh, parameters)
 
 
 def _finalize_without_count(

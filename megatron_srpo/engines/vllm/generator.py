@@ -40,6 +40,7 @@ class VllmGenerator:
                 str(folder),
                 dtype=dtype,
                 max_model_len=cfg.max_model_len,
+                tensor_parallel_size=cfg.tp,
                 max_num_seqs=cfg.max_num_seqs,
                 kv_cache_memory_bytes=cfg.kv_cache_bytes,
                 enable_prefix_caching=True,
