@@ -18,7 +18,7 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import write_folder
 from megatron_srpo.types import AlarmError, Batch, Sample
 from tests.launch import unlaunched_environment
-from tests.parallel.gradients import NUM_SAMPLES, TEMPERATURE, build_learner, hf_gradients
+from tests.parallel.jobs import NUM_SAMPLES, TEMPERATURE, build_learner, hf_gradients
 from tests.tiny import logprobs_of, random_samples, reference_logprobs, write_policy
 
 Reference = tuple[float, dict[str, torch.Tensor]]
@@ -132,7 +132,9 @@ def test_three_adamw_steps_follow_torch(policy: Path, mesh: Mesh) -> None:
 def test_logprobs_are_transformers_at_the_training_temperature(policy: Path, mesh: Mesh) -> None:
     learner = build_learner(policy, mesh)
     sequences = [sample.token_ids for sample in random_samples(4, seed=5)]
-    for tokens, found in zip(sequences, learner.logprobs(sequences), strict=True):
+    for tokens, found in zip(
+        sequences, learner.logprobs(sequences, temperature=TEMPERATURE), strict=True
+    ):
         right = reference_logprobs(policy, tokens, temperature=TEMPERATURE).detach().numpy()
         np.testing.assert_allclose(found, right, atol=5e-6)
 

@@ -1,0 +1,101 @@
+"""What the processes of the pool do: jobs on a mesh, and how tests look into a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
+from megatron_srpo.exchange import exchange
+from megatron_srpo.types import Sample, Tokens
+from tests.tiny import random_samples
+
+NUM_SAMPLES = 13
+TEMPERATURE = 0.8
+Tensors = dict[str, torch.Tensor]
+
+
+def build_learner(policy: Path, mesh: Mesh) -> MegatronLearner:
+    return MegatronLearner(
+        policy,
+        mesh,
+        dtype=torch.float32,
+        temperature=TEMPERATURE,
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4, clip_grad=0.05),
+        num_steps=10,
+    )
+
+
+def hf_gradients(learner: MegatronLearner, mesh: Mesh) -> Tensors:
+    """The reduced gradient of every parameter; each data parallel rank holds part of the buffer."""
+    gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for buffer in learner.model.buffers:
+        for bucket in buffer.buckets:
+            shards = [torch.empty_like(s) for s in bucket.grad_data.chunk(mesh.dp_size)]
+            mine = bucket.grad_data.chunk(mesh.dp_size)[mesh.dp_rank].contiguous()
+            dist.all_gather(shards, mine, group=mesh.dp_group)
+            bucket.grad_data.copy_(torch.cat(shards))
+        for parameter, (start, end, _) in buffer.param_index_map.items():
+            gradients[parameter] = buffer.grad_data[start:end].view(parameter.shape)
+    local = {n: gradients[p] for n, p in local_parameters(learner.module).items()}
+    full = full_tensors(learner.module, learner._family, mesh, local)
+    return {name: tensor.clone() for name, tensor in full}
+
+
+def own_share(samples: Sequence[Sample], mesh: Mesh) -> Sequence[Sample]:
+    """As after rollouts: every rank of a replica holds what its replica made."""
+    return samples[mesh.replica :: mesh.num_replicas]
+
+
+def gradient(mesh: Mesh, policy: Path, max_tokens: int) -> tuple[dict[str, float], Tensors]:
+    learner = build_learner(policy, mesh)
+    samples = own_share(random_samples(NUM_SAMPLES, seed=1), mesh)
+    stats = learner.backward(exchange(samples, mesh, max_tokens=max_tokens))
+    gradients = hf_gradients(learner, mesh)
+    return stats, gradients if mesh.rank == 0 else {}
+
+
+def three_steps(mesh: Mesh, policy: Path) -> tuple[list[dict[str, float]], Tensors]:
+    learner = build_learner(policy, mesh)
+    stats: list[dict[str, float]] = []
+    for step in range(3):
+        samples = own_share(random_samples(5, seed=step), mesh)
+        stats.append(learner.update([exchange(samples, mesh, max_tokens=100)]))
+    exported = {name: tensor.clone() for name, tensor in learner.export()}
+    return stats, exported if mesh.rank == 0 else {}
+
+
+def exported(mesh: Mesh, policy: Path) -> Tensors:
+    return {name: tensor.clone() for name, tensor in build_learner(policy, mesh).export()}
+
+
+def logprobs(mesh: Mesh, policy: Path, temperature: float) -> list[tuple[Tokens, np.ndarray]]:
+    """Each copy of the policy is asked about other sequences."""
+    sequences = [s.token_ids for s in random_samples(4, seed=5 + mesh.dp_rank)]
+    found = build_learner(policy, mesh).logprobs(sequences, temperature=temperature)
+    return list(zip(sequences, found, strict=True))
+
+
+def not_a_number(mesh: Mesh, policy: Path) -> str:
+    """The message of the alarm, on every rank."""
+    from megatron_srpo.types import AlarmError
+
+    learner = build_learner(policy, mesh)
+    samples: Any = random_samples(4, seed=9)
+    with torch.no_grad():
+        for name, parameter in local_parameters(learner.module).items():
+            if name == "decoder.final_layernorm.weight":
+                parameter[0] = float("nan")
+    try:
+        learner.update([exchange(own_share(samples, mesh), mesh, max_tokens=100)])
+    except AlarmError as alarm:
+        return str(alarm)
+    return "no alarm"
