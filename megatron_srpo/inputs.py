@@ -5,11 +5,12 @@ Every function raises `InputError` for the first thing that is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.hf_folder import (
     head_size,
@@ -94,6 +95,30 @@ def prompt_set(
     """The order in which the run draws its prompts, for one replica."""
     seed = counter_seed(cfg.seed, "data")
     return PromptSet(prompts, seed=seed, replica=replica, num_replicas=num_replicas)
+
+
+def check_layout(
+    parallel: ParallelConfig, model: Mapping[str, Any], *, num_processes: int, rollout_tp: int = 1
+) -> None:
+    """The processes divide over the layout, and the model (its config.json) over the processes."""
+    heads = {
+        "the model's num_attention_heads": model["num_attention_heads"],
+        "the model's num_key_value_heads": num_kv_heads(model),
+        "the model's intermediate_size": model["intermediate_size"],
+    }
+    layers = {"the model's num_hidden_layers": model["num_hidden_layers"]}
+    vocabulary = {"the model's vocab_size": model["vocab_size"]}
+    processes = {"the number of processes": num_processes}
+    for numbers, knob, divisor in (
+        (processes, "parallel.tp x parallel.pp", parallel.tp * parallel.pp),
+        (processes, "rollout.tp", rollout_tp),
+        (heads | vocabulary, "parallel.tp", parallel.tp),
+        (layers, "parallel.pp", parallel.pp),
+        (heads, "rollout.tp", rollout_tp),
+    ):
+        for name, number in numbers.items():
+            if number % divisor:
+                raise InputError(f"{name}, {number}, does not divide by {knob} = {divisor}")
 
 
 def _check_engine_fits(cfg: Config) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
 from megatron_srpo.exchange import exchange
-from megatron_srpo.types import Sample, Tokens
+from megatron_srpo.protocols import Generator
+from megatron_srpo.replica import LeaderReward, LeaderRule
+from megatron_srpo.types import AlarmError, Prompt, Reset, Rollout, Sample, Score, Tokens
 from tests.tiny import random_samples
 
 NUM_SAMPLES = 13
@@ -86,10 +89,8 @@ def logprobs(mesh: Mesh, policy: Path, temperature: float) -> list[tuple[Tokens,
 
 def not_a_number(mesh: Mesh, policy: Path) -> str:
     """The message of the alarm, on every rank."""
-    from megatron_srpo.types import AlarmError
-
     learner = build_learner(policy, mesh)
-    samples: Any = random_samples(4, seed=9)
+    samples = random_samples(4, seed=9)
     with torch.no_grad():
         for name, parameter in local_parameters(learner.module).items():
             if name == "decoder.final_layernorm.weight":
@@ -99,3 +100,70 @@ def not_a_number(mesh: Mesh, policy: Path) -> str:
     except AlarmError as alarm:
         return str(alarm)
     return "no alarm"
+
+
+def exchanged(mesh: Mesh) -> tuple[int, list[str], float]:
+    """(slot, ids in the order of micro-batches, denominator)"""
+    samples = own_share(random_samples(NUM_SAMPLES, seed=1), mesh)
+    batch = exchange(samples, mesh, max_tokens=100)
+    ids = [id for micro_batch in batch.micro_batches for id in micro_batch.sample_ids]
+    return mesh.dp_rank, ids, batch.denominator
+
+
+def silent_samples(mesh: Mesh, with_silent: bool) -> tuple[int, float]:
+    """Of six samples: three with an advantage, two with a weight only, one with nothing."""
+    nothing, samples = np.zeros(1, np.float32), random_samples(6, seed=3)
+    for index, sample in enumerate(samples):
+        samples[index] = replace(
+            sample,
+            advantage=sample.advantage if index < 3 else sample.advantage * nothing,
+            loss_weight=sample.loss_weight if index < 5 else sample.loss_weight * nothing,
+        )
+    batch = exchange(own_share(samples, mesh), mesh, max_tokens=100, with_silent=with_silent)
+    return sum(len(m.sample_ids) for m in batch.micro_batches), batch.denominator
+
+
+PROMPT = Prompt(id="p", text="", token_ids=np.zeros(1, np.int32), answer="")
+
+
+def rewarded_by_rank(mesh: Mesh) -> float:
+    def reward(prompt: Prompt, response: str) -> Score:
+        return Score(value=float(mesh.rank), correct=False)
+
+    return LeaderReward(reward=reward, mesh=mesh)(PROMPT, "").value
+
+
+def reward_raises(mesh: Mesh) -> str:
+    def reward(prompt: Prompt, response: str) -> Score:
+        raise KeyError("no such answer")
+
+    try:
+        LeaderReward(reward=reward, mesh=mesh)(PROMPT, "")
+    except AlarmError as alarm:
+        return str(alarm)
+    return "no alarm"
+
+
+def reset_by_rank(mesh: Mesh) -> tuple[int | None, int]:
+    """(thought that counts, how often this rank's rule was asked)"""
+
+    class Rule:
+        asked = 0
+
+        def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+            self.asked += 1
+            return [Reset(seed_id="s", thought=mesh.rank, cause="rank")]
+
+    rule, generator = Rule(), FakeGenerator(lambda context, rng: "")
+    (reset,) = LeaderRule(rule=rule, mesh=mesh).choose([], generator)
+    return reset.thought, rule.asked
+
+
+def fail_on_rank_1(mesh: Mesh) -> None:
+    if mesh.rank == 1:
+        raise AlarmError("rank 1 fails")
+    mesh.gather(None)
+
+
+def rank_sum(mesh: Mesh) -> int:
+    return sum(mesh.gather(mesh.rank))

@@ -7,8 +7,10 @@ groups for it and destroy them after it.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -37,7 +39,7 @@ class Pool:
         rollout_tp: int = 1,
         timeout_s: float = 240,
     ) -> list[Any]:
-        """What the job returned on each of `num` ranks. Raises what the first failed rank raised."""
+        """What the job returned on each of `num` ranks; raises what a failed one raised."""
         layout = {"parallel": ParallelConfig(tp=tp, pp=pp), "rollout_tp": rollout_tp}
         port = _free_port()
         futures = [
@@ -51,12 +53,13 @@ class Pool:
         if failed:
             raise failed[0].exception()  # type: ignore[misc]
         assert not others, f"{job.__name__} takes longer than {timeout_s} s"
-        return [future.result() for future in futures]
+        return [pickle.loads(future.result()) for future in futures]
 
     def _first(self, num: int) -> list[ProcessPoolExecutor]:
         context = get_context("spawn")
         while len(self._executors) < num:
-            self._executors.append(ProcessPoolExecutor(1, mp_context=context))
+            quiet = {"initializer": warnings.simplefilter, "initargs": ("ignore",)}
+            self._executors.append(ProcessPoolExecutor(1, mp_context=context, **quiet))
         return self._executors[:num]
 
     def _give_up_on(self, futures: set[Future[Any]]) -> None:
@@ -85,7 +88,8 @@ def _on_rank(
     layout: dict[str, Any],
     job: Callable[..., Any],
     arguments: tuple[Any, ...],
-) -> Any:
+) -> bytes:
+    """Pickled here: left to multiprocessing, a tensor takes a shared file and a second."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -97,6 +101,6 @@ def _on_rank(
 
     mesh = build_mesh(**layout)
     try:
-        return job(mesh, *arguments)
+        return pickle.dumps(job(mesh, *arguments))
     finally:
         destroy_mesh()

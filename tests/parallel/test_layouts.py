@@ -1,0 +1,147 @@
+"""Tensor, pipeline and data parallel learners against transformers in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_srpo.hf_folder import read_tensors
+from megatron_srpo.types import AlarmError
+from tests.parallel import jobs, reference
+from tests.parallel.pool import Pool
+from tests.tiny import random_samples, reference_logprobs, write_policy
+
+LAYOUTS = {
+    "TP2": (2, 2, 1),
+    "PP2": (2, 1, 2),
+    "DP2": (2, 1, 1),
+    "TP2xPP2": (4, 2, 2),
+    "TP2xDP2": (4, 2, 1),
+    "PP2xDP2": (4, 1, 2),
+}
+on_every_layout = pytest.mark.parametrize(("num", "tp", "pp"), LAYOUTS.values(), ids=LAYOUTS)
+tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+@pytest.fixture(scope="module")
+def policies(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """By whether the head is tied to the embedding."""
+    untied = write_policy(tmp_path_factory.mktemp("untied"), seed=7, tied=False)
+    return {True: policy, False: untied}
+
+
+@pytest.fixture(scope="module")
+def gradients(policies: dict[bool, Path]) -> dict[bool, reference.Reference]:
+    samples = random_samples(jobs.NUM_SAMPLES, seed=1)
+    return {t: reference.loss_and_gradients(folder, samples) for t, folder in policies.items()}
+
+
+@pytest.fixture(scope="module")
+def steps(policies: dict[bool, Path]) -> dict[bool, tuple[list[float], jobs.Tensors]]:
+    return {tied: reference.three_adamw_steps(folder) for tied, folder in policies.items()}
+
+
+@on_every_layout
+@tied_or_not
+@pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
+def test_the_gradient_is_that_of_the_unpacked_float64_reference(
+    pool: Pool, policies, gradients, num: int, tp: int, pp: int, tied: bool, max_tokens: int
+) -> None:
+    answers = pool.run(num, jobs.gradient, policies[tied], max_tokens, tp=tp, pp=pp)
+    stats, found = answers[0]
+    reference.assert_gradient(stats, found, gradients[tied])
+    assert [other for other, _ in answers] == [stats] * num, "metrics are equal on all ranks"
+
+
+@on_every_layout
+@tied_or_not
+def test_three_adamw_steps_follow_torch(
+    pool: Pool, policies, steps, num: int, tp: int, pp: int, tied: bool
+) -> None:
+    stats, exported = pool.run(num, jobs.three_steps, policies[tied], tp=tp, pp=pp)[0]
+    reference.assert_three_steps(stats, exported, steps[tied])
+
+
+@on_every_layout
+@tied_or_not
+def test_a_folder_goes_in_and_comes_out_bit_equal_on_every_rank(
+    pool: Pool, policies, num: int, tp: int, pp: int, tied: bool
+) -> None:
+    right = dict(read_tensors(policies[tied]))
+    right.setdefault("lm_head.weight", right["model.embed_tokens.weight"])
+    for found in pool.run(num, jobs.exported, policies[tied], tp=tp, pp=pp):
+        assert found.keys() == right.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in right.items())
+
+
+@on_every_layout
+def test_logprobs_are_transformers_on_every_rank(
+    pool: Pool, policy: Path, num: int, tp: int, pp: int
+) -> None:
+    off = 0.0
+    for answers in pool.run(num, jobs.logprobs, policy, 0.9, tp=tp, pp=pp):
+        for tokens, found in answers:
+            right = reference_logprobs(policy, tokens, temperature=0.9).detach().numpy()
+            off = max(off, float(np.abs(found - right).max()))
+    print(f"\nlog-probs off by {off:.1e} nats")
+    assert off <= 5e-6
+
+
+@on_every_layout
+def test_a_loss_that_is_not_a_number_stops_every_rank_and_names_each_sample_once(
+    pool: Pool, policy: Path, num: int, tp: int, pp: int
+) -> None:
+    messages = pool.run(num, jobs.not_a_number, policy, tp=tp, pp=pp)
+    assert len(set(messages)) == 1
+    head, _, named = messages[0].partition("samples ")
+    assert head == "the loss is not finite in "
+    assert sorted(named.split(", ")) == [f"sample{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("num", "tp", "pp", "rollout_tp"), [(4, 2, 1, 1), (4, 1, 2, 2), (4, 2, 2, 4)]
+)
+def test_a_sample_reaches_all_ranks_of_one_copy_of_the_policy(
+    pool: Pool, num: int, tp: int, pp: int, rollout_tp: int
+) -> None:
+    answers = pool.run(num, jobs.exchanged, tp=tp, pp=pp, rollout_tp=rollout_tp)
+    of_slot: dict[int, list[str]] = {}
+    for slot, ids, denominator in answers:
+        assert denominator == jobs.NUM_SAMPLES
+        assert of_slot.setdefault(slot, ids) == ids, "ranks of one slot hold the same batch"
+    assert len(of_slot) == num // (tp * pp)
+    everything = sorted(id for ids in of_slot.values() for id in ids)
+    assert everything == sorted(s.id for s in random_samples(jobs.NUM_SAMPLES, seed=1))
+
+
+def test_samples_without_advantage_travel_only_where_the_loss_asks_for_them(pool: Pool) -> None:
+    for with_silent, expected in ((False, 3), (True, 5)):
+        found = pool.run(2, jobs.silent_samples, with_silent)
+        assert sum(num_sent for num_sent, _ in found) == expected
+        assert [denominator for _, denominator in found] == [6.0, 6.0]
+
+
+def test_the_leader_s_reward_is_its_replica_s(pool: Pool) -> None:
+    scores = pool.run(4, jobs.rewarded_by_rank, tp=1, rollout_tp=2)
+    assert scores == [0.0, 0.0, 2.0, 2.0]
+
+
+def test_a_reward_that_raises_on_the_leader_raises_the_same_on_its_ranks_and_hangs_none(
+    pool: Pool,
+) -> None:
+    messages = pool.run(2, jobs.reward_raises, rollout_tp=2)
+    assert messages == ["the reward of prompt 'p' raised KeyError: 'no such answer'"] * 2
+
+
+def test_the_leader_s_reset_is_its_replica_s_and_every_rank_is_asked(pool: Pool) -> None:
+    found = pool.run(4, jobs.reset_by_rank, rollout_tp=2)
+    assert found == [(0, 1), (0, 1), (2, 1), (2, 1)]
+
+
+def test_a_failed_rank_fails_its_job_and_leaves_the_pool_usable(pool: Pool) -> None:
+    with pytest.raises(AlarmError, match="rank 1 fails"):
+        pool.run(2, jobs.fail_on_rank_1)
+    assert pool.run(2, jobs.rank_sum) == [1, 1]
