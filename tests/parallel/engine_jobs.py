@@ -75,10 +75,13 @@ def synced(mesh: Mesh, policy: Path, stale_on: int | None) -> dict[str, Any]:
         completions = list(engine.generate(mine))
         contexts = {request.id: request.context for request in mine}
         whole = [np.concatenate([contexts[c.request_id], c.token_ids]) for c in completions]
-        right = learner.logprobs(whole, temperature=0.8)
+        # Ranks of one copy of the policy may be of different replicas: all score all answers.
+        answers = mesh.gather([(w, c.logprobs) for w, c in zip(whole, completions, strict=True)])
+        asked = [answer for share in answers for answer in share]
+        right = learner.logprobs([tokens for tokens, _ in asked], temperature=0.8)
         found["off"] = max(
-            float(np.abs(r[-len(c.logprobs) :] - c.logprobs).max())
-            for r, c in zip(right, completions, strict=True)
+            float(np.abs(judged[-len(said) :] - said).max())
+            for judged, (_, said) in zip(right, asked, strict=True)
         )
         found["tokens"] = {c.request_id: c.token_ids.tolist() for c in completions}
         return found | {"replica": mesh.replica}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from tests.tiny import random_samples
 
 NUM_SAMPLES = 13
 TEMPERATURE = 0.8
+MAX_TOKENS = (1, 100, 100_000)
+"""A sequence per micro-batch, several, all."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -167,3 +170,14 @@ def fail_on_rank_1(mesh: Mesh) -> None:
 
 def rank_sum(mesh: Mesh) -> int:
     return sum(mesh.gather(mesh.rank))
+
+
+def on_layout(mesh: Mesh, policy: Path) -> dict[str, Any]:
+    """All that the tests of a layout look at, in one job."""
+    return {
+        "gradients": {max_tokens: gradient(mesh, policy, max_tokens) for max_tokens in MAX_TOKENS},
+        "steps": three_steps(mesh, policy),
+        "exported": exported(mesh, policy),
+        "logprobs": logprobs(mesh, policy, TEMPERATURE),
+        "alarm": not_a_number(mesh, policy),
+    }

@@ -19,6 +19,9 @@ from typing import Any
 from megatron_srpo.config import ParallelConfig
 
 NUM_PROCESSES = 4
+JOBS_OF_A_PROCESS = 20
+"""Megatron's caches and hooks keep a job's model alive, and with it the threads of its groups,
+which poll: after too many jobs they take all the time there is."""
 PATIENCE_S = 20
 """So long the others may take to notice that one has failed."""
 
@@ -28,6 +31,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._executors: list[ProcessPoolExecutor] = []
+        self._num_jobs = 0
 
     def run(
         self,
@@ -56,6 +60,9 @@ class Pool:
         return [pickle.loads(future.result()) for future in futures]
 
     def _first(self, num: int) -> list[ProcessPoolExecutor]:
+        self._num_jobs += 1
+        if self._num_jobs % JOBS_OF_A_PROCESS == 0:
+            self.close()
         context = get_context("spawn")
         while len(self._executors) < num:
             quiet = {"initializer": warnings.simplefilter, "initargs": ("ignore",)}

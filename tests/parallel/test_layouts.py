@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +25,8 @@ LAYOUTS = {
     "TP2xDP2": (4, 2, 1),
     "PP2xDP2": (4, 1, 2),
 }
-on_every_layout = pytest.mark.parametrize(("num", "tp", "pp"), LAYOUTS.values(), ids=LAYOUTS)
+"""(processes, TP, PP)"""
+on_every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
@@ -44,59 +48,69 @@ def steps(policies: dict[bool, Path]) -> dict[bool, tuple[list[float], jobs.Tens
     return {tied: reference.three_adamw_steps(folder) for tied, folder in policies.items()}
 
 
+@pytest.fixture(scope="module")
+def found(pool: Pool, policies: dict[bool, Path]) -> Callable[[str, bool], list[dict[str, Any]]]:
+    """What each rank of a layout says; a layout is run once."""
+
+    @cache
+    def run(layout: str, tied: bool) -> list[dict[str, Any]]:
+        num, tp, pp = LAYOUTS[layout]
+        return pool.run(num, jobs.on_layout, policies[tied], tp=tp, pp=pp)
+
+    return run
+
+
 @on_every_layout
 @tied_or_not
-@pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
+@pytest.mark.parametrize("max_tokens", jobs.MAX_TOKENS)
 def test_the_gradient_is_that_of_the_unpacked_float64_reference(
-    pool: Pool, policies, gradients, num: int, tp: int, pp: int, tied: bool, max_tokens: int
+    found: Any, gradients: Any, layout: str, tied: bool, max_tokens: int
 ) -> None:
-    answers = pool.run(num, jobs.gradient, policies[tied], max_tokens, tp=tp, pp=pp)
-    stats, found = answers[0]
-    reference.assert_gradient(stats, found, gradients[tied])
-    assert [other for other, _ in answers] == [stats] * num, "metrics are equal on all ranks"
+    answers = [rank["gradients"][max_tokens] for rank in found(layout, tied)]
+    stats, gradient = answers[0]
+    reference.assert_gradient(stats, gradient, gradients[tied])
+    assert all(other == stats for other, _ in answers), "metrics are equal on all ranks"
 
 
 @on_every_layout
 @tied_or_not
-def test_three_adamw_steps_follow_torch(
-    pool: Pool, policies, steps, num: int, tp: int, pp: int, tied: bool
-) -> None:
-    stats, exported = pool.run(num, jobs.three_steps, policies[tied], tp=tp, pp=pp)[0]
+def test_three_adamw_steps_follow_torch(found: Any, steps: Any, layout: str, tied: bool) -> None:
+    stats, exported = found(layout, tied)[0]["steps"]
     reference.assert_three_steps(stats, exported, steps[tied])
 
 
 @on_every_layout
 @tied_or_not
 def test_a_folder_goes_in_and_comes_out_bit_equal_on_every_rank(
-    pool: Pool, policies, num: int, tp: int, pp: int, tied: bool
+    found: Any, policies: dict[bool, Path], layout: str, tied: bool
 ) -> None:
     right = dict(read_tensors(policies[tied]))
     right.setdefault("lm_head.weight", right["model.embed_tokens.weight"])
-    for found in pool.run(num, jobs.exported, policies[tied], tp=tp, pp=pp):
-        assert found.keys() == right.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in right.items())
+    for rank in found(layout, tied):
+        assert rank["exported"].keys() == right.keys()
+        assert all(torch.equal(rank["exported"][name], tensor) for name, tensor in right.items())
 
 
 @on_every_layout
+@tied_or_not
 def test_logprobs_are_transformers_on_every_rank(
-    pool: Pool, policy: Path, num: int, tp: int, pp: int
+    found: Any, policies: dict[bool, Path], layout: str, tied: bool
 ) -> None:
     off = 0.0
-    for answers in pool.run(num, jobs.logprobs, policy, 0.9, tp=tp, pp=pp):
-        for tokens, found in answers:
-            right = reference_logprobs(policy, tokens, temperature=0.9).detach().numpy()
-            off = max(off, float(np.abs(found - right).max()))
+    for tokens, logprobs in (pair for rank in found(layout, tied) for pair in rank["logprobs"]):
+        right = reference_logprobs(policies[tied], tokens, temperature=jobs.TEMPERATURE)
+        off = max(off, float(np.abs(logprobs - right.detach().numpy()).max()))
     print(f"\nlog-probs off by {off:.1e} nats")
     assert off <= 5e-6
 
 
 @on_every_layout
+@tied_or_not
 def test_a_loss_that_is_not_a_number_stops_every_rank_and_names_each_sample_once(
-    pool: Pool, policy: Path, num: int, tp: int, pp: int
+    found: Any, layout: str, tied: bool
 ) -> None:
-    messages = pool.run(num, jobs.not_a_number, policy, tp=tp, pp=pp)
-    assert len(set(messages)) == 1
-    head, _, named = messages[0].partition("samples ")
+    (message,) = {rank["alarm"] for rank in found(layout, tied)}
+    head, _, named = message.partition("samples ")
     assert head == "the loss is not finite in "
     assert sorted(named.split(", ")) == [f"sample{i}" for i in range(4)]
 
