@@ -89,3 +89,11 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         sample_ids=tuple(sample.id for sample in samples),
     )
+
+
+def mini_batches(samples: Sequence[Sample], num: int) -> list[list[Sample]]:
+    """Which samples belong to which of a step's `num` updates; some may have none."""
+    batches: list[list[Sample]] = [[] for _ in range(num)]
+    for sample in samples:
+        batches[sample.turn % num].append(sample)
+    return batches

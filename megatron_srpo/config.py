@@ -95,8 +95,10 @@ class AlgorithmConfig(Section):
                 f"base rollouts and needs {self.num_seeds} failed ones among them; give more "
                 "num_rollouts, or seeds=extra_draws"
             )
-        if self.num_seeds and self.seeds == "extra_draws" and (
-            self.max_draws < self.num_base + self.num_seeds
+        if (
+            self.num_seeds
+            and self.seeds == "extra_draws"
+            and (self.max_draws < self.num_base + self.num_seeds)
         ):
             raise ValueError(
                 f"max_draws={self.max_draws} is less than the {self.num_base} base rollouts and "
@@ -296,9 +298,10 @@ class Config(Section):
                 f"rollout.max_model_len={self.rollout.max_model_len} is less than "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
             )
-        if self.algorithm.resets in ("self", "depth_matched") and longest + self.localize.max_tokens > (
-            self.rollout.max_model_len
-        ):
+        if self.algorithm.resets in (
+            "self",
+            "depth_matched",
+        ) and longest + self.localize.max_tokens > (self.rollout.max_model_len):
             raise ValueError(
                 f"rollout.max_model_len={self.rollout.max_model_len} leaves no room to localize: a "
                 f"prompt, its response and localize.max_tokens make up to "

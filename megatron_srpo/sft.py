@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, LossConfig
 from megatron_srpo.data import EpochOrder, demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
@@ -38,6 +38,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
         dtype=getattr(torch, cfg.dtype),
         temperature=1.0,
         optimizer=cfg.sft.optimizer,
+        loss=LossConfig(),
         num_steps=cfg.sft.num_steps,
     )
     if mesh.rank == 0:
@@ -61,7 +62,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
             ]
             batch = exchange(samples, mesh, max_tokens=cfg.micro_batch_tokens)
             with stopwatch.phase("train"):
-                stats = learner.update(batch)
+                stats = learner.update([batch])
             metrics = {"loss": stats["loss"], "grad_norm": stats["grad_norm"], **stopwatch.take()}
             telemetry.log(step, metrics, f"loss {stats['loss']:.3f}")
         save_hf(folder.hf, learner, mesh, like=cfg.sft.model)

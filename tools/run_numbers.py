@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.batching import pack
-from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import build_mesh
@@ -86,6 +86,7 @@ def export_difference(hf: Path, sequences: list[Tokens]) -> float:
         dtype=torch.float32,
         temperature=1.0,
         optimizer=OptimizerConfig(),
+        loss=LossConfig(),
         num_steps=1,
     )
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)

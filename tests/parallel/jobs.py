@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.batching import mini_batches
+from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
@@ -24,18 +25,26 @@ from tests.tiny import random_samples
 
 NUM_SAMPLES = 13
 TEMPERATURE = 0.8
+REINFORCE = LossConfig()
+PPO = LossConfig(
+    surrogate="ppo", kl_coef=0.1, importance="token_truncate", importance_cap=1.1,
+    updates_per_batch=2,
+)  # fmt: skip
 MAX_TOKENS = (1, 100, 100_000)
 """A sequence per micro-batch, several, all."""
 Tensors = dict[str, torch.Tensor]
 
 
-def build_learner(policy: Path, mesh: Mesh) -> MegatronLearner:
+def build_learner(
+    policy: Path, mesh: Mesh, *, loss: LossConfig = REINFORCE, warmup_steps: int = 0
+) -> MegatronLearner:
     return MegatronLearner(
         policy,
         mesh,
         dtype=torch.float32,
         temperature=TEMPERATURE,
-        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4, clip_grad=0.05),
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4, clip_grad=0.05, warmup_steps=warmup_steps),
+        loss=loss,
         num_steps=10,
     )
 
@@ -77,6 +86,18 @@ def three_steps(mesh: Mesh, policy: Path) -> tuple[list[dict[str, float]], Tenso
         stats.append(learner.update([exchange(samples, mesh, max_tokens=100)]))
     exported = {name: tensor.clone() for name, tensor in learner.export()}
     return stats, exported if mesh.rank == 0 else {}
+
+
+def updated(mesh: Mesh, policy: Path) -> tuple[dict[str, float], Tensors]:
+    """Two updates in one step, with every part of the loss."""
+    learner = build_learner(policy, mesh, loss=PPO)
+    samples = [replace(s, turn=i % 2) for i, s in enumerate(random_samples(10, seed=4))]
+    batches = [
+        exchange(own_share(turn, mesh), mesh, max_tokens=100, with_silent=True)
+        for turn in mini_batches(samples, PPO.updates_per_batch)
+    ]
+    stats = learner.update(batches)
+    return stats, {name: tensor.clone() for name, tensor in learner.export()}
 
 
 def exported(mesh: Mesh, policy: Path) -> Tensors:
@@ -176,6 +197,7 @@ def on_layout(mesh: Mesh, policy: Path) -> dict[str, Any]:
     """All that the tests of a layout look at, in one job."""
     return {
         "gradients": {max_tokens: gradient(mesh, policy, max_tokens) for max_tokens in MAX_TOKENS},
+        "updated": updated(mesh, policy),
         "steps": three_steps(mesh, policy),
         "exported": exported(mesh, policy),
         "logprobs": logprobs(mesh, policy, TEMPERATURE),

@@ -54,7 +54,7 @@ def found(pool: Pool, policies: dict[bool, Path]) -> Callable[[str, bool], list[
 
     @cache
     def run(layout: str, tied: bool) -> list[dict[str, Any]]:
-        num, tp, pp = LAYOUTS[layout]
+        num, tp, pp = LAYOUTS.get(layout, (1, 1, 1))
         return pool.run(num, jobs.on_layout, policies[tied], tp=tp, pp=pp)
 
     return run
@@ -77,6 +77,21 @@ def test_the_gradient_is_that_of_the_unpacked_float64_reference(
 def test_three_adamw_steps_follow_torch(found: Any, steps: Any, layout: str, tied: bool) -> None:
     stats, exported = found(layout, tied)[0]["steps"]
     reference.assert_three_steps(stats, exported, steps[tied])
+
+
+@on_every_layout
+@tied_or_not
+def test_several_updates_with_every_part_of_the_loss_are_those_of_one_process(
+    found: Any, layout: str, tied: bool
+) -> None:
+    stats, alone = found("alone", tied)[0]["updated"]
+    for rank in found(layout, tied):
+        assert rank["updated"][0] == found(layout, tied)[0]["updated"][0]
+    other, tensors = found(layout, tied)[0]["updated"]
+    off = max(float((tensors[name] - tensor).abs().max()) for name, tensor in alone.items())
+    print(f"\nparameters after two updates off by {off:.1e}")
+    assert off < 1e-5
+    assert other == pytest.approx(stats, rel=1e-4, abs=1e-6)
 
 
 @on_every_layout

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_srpo.batching import pack, plan_micro_batches
+from megatron_srpo.batching import mini_batches, pack, plan_micro_batches
 from tests.unit.builders import sample
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=40)
@@ -134,3 +134,11 @@ def test_every_sequence_can_be_read_back_from_a_packed_one(sequences: list[list[
         assert [*packed.token_ids[start:end], packed.target_ids[end - 1]] == tokens
         assert packed.target_ids[start:end].tolist() == tokens[1:]
         assert packed.position_ids[start:end].tolist() == [*range(len(tokens) - 1)]
+
+
+def test_a_samples_turn_names_its_update_in_the_order_of_the_samples():
+    samples = [sample(f"{turn}", [1, 2], turn=turn) for turn in (5, 0, 3, 1, 4)]
+    ids = [[s.id for s in batch] for batch in mini_batches(samples, 3)]
+    assert ids == [["0", "3"], ["1", "4"], ["5"]]
+    assert [len(batch) for batch in mini_batches(samples[:1], 4)] == [0, 1, 0, 0]
+    assert mini_batches(samples, 1) == [samples]

@@ -2,9 +2,9 @@
 
 How a token's loss becomes a gradient, derived once, here:
 
-    L = - sum over all ranks r, micro-batches m, tokens t of  w_t A_t log pi(t) / D
+    L = sum over all ranks r, micro-batches m, tokens t of  w_t l_t / D
 
-1. `loss.policy_loss` sums over the tokens of one micro-batch and divides by D, the *global*
+1. `loss.policy_loss` sums w_t l_t over the tokens of one micro-batch and divides by D, the *global*
    denominator (`Batch.denominator`, the same number on every rank).
 2. Megatron's schedule backpropagates each micro-batch's loss as it stands: with
    `calculate_per_token_loss` it divides neither by the number of micro-batches nor by a token
@@ -21,8 +21,9 @@ ranks; tests/parallel proves it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,19 +38,37 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_srpo.batching import pack
-from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.logprobs import token_entropies, token_logprobs
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_model, family_of
 from megatron_srpo.engines.megatron.optimizer import MegatronAdam
+from megatron_srpo.engines.megatron.reference import ParkedWeights
 from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
-from megatron_srpo.loss import mismatch, policy_loss
+from megatron_srpo.loss import (
+    Counters,
+    TokenTensors,
+    add_counters,
+    on_host,
+    over_sampled,
+    policy_loss,
+    to_metrics,
+)
 from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
 
+R = TypeVar("R")
 
-SUMS = ("loss", "demonstrations", "num_tokens", "entropy", "abs_sum", "k3_sum")
-"""Of a micro-batch, added up over all of them."""
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pass:
+    """A micro-batch on its way to a gradient."""
+
+    micro_batch: MicroBatch
+    old_T: Tensor | None
+    """[T] log-probs of its targets before the first update; None: this is the first."""
+    reference_T: Tensor | None
+    """[T] log-probs of its targets under the initial weights; None: no KL term."""
 
 
 class MegatronLearner:
@@ -63,10 +82,11 @@ class MegatronLearner:
         dtype: torch.dtype,
         temperature: float,
         optimizer: OptimizerConfig,
+        loss: LossConfig,
         num_steps: int,
     ) -> None:
         """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over."""
-        self._mesh, self._temperature = mesh, temperature
+        self._mesh, self._temperature, self._cfg = mesh, temperature, loss
         self._family = family_of(folder)
         self.module = build_model(folder, mesh, dtype)
         self._device = next(self.module.parameters()).device
@@ -76,71 +96,124 @@ class MegatronLearner:
             self.module,
         )
         self._optimizer = MegatronAdam(self.model, optimizer, dtype=dtype, num_steps=num_steps)
+        self._reference = ParkedWeights(self.module) if loss.kl_coef else None
         self.module.config.finalize_model_grads_func = _finalize_without_count
         self.module.config.grad_scale_func = self._optimizer.scale_loss
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
-        (batch,) = batches
-        return self._update(batch)
+        """One optimizer step per batch, all at one learning rate; returns metrics of all of them.
 
-    def _update(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step. A batch without micro-batches has no gradient: nothing moves."""
-        if not batch.micro_batches:
-            self._optimizer.skip_step()
+        A batch without micro-batches has no gradient and no step. Token metrics speak of all
+        batches together, `loss` and `loss/demonstrations` are means over the steps, `grad_norm` is
+        the largest.
+        """
+        self._optimizer.advance()
+        batches = [batch for batch in batches if batch.micro_batches]
+        if not batches:
             return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0}
-        stats = self.backward(batch)
-        grad_norm = self._optimizer.step()
-        if not np.isfinite(grad_norm):
-            raise AlarmError(f"gradient norm is {grad_norm}")
-        return {**stats, "grad_norm": grad_norm}
+        passes = self._passes(batches)
+        counters: list[Counters] = []
+        grad_norms: list[float] = []
+        for batch, items in zip(batches, passes, strict=True):
+            counters.append(self._backward(items, batch.denominator))
+            grad_norms.append(self._optimizer.step())
+            if not np.isfinite(grad_norms[-1]):
+                raise AlarmError(f"gradient norm is {grad_norms[-1]}")
+        metrics = to_metrics(add_counters(counters))
+        for name in ("loss", "loss/demonstrations"):
+            metrics[name] /= len(batches)
+        return {**metrics, "grad_norm": max(grad_norms)}
 
     def backward(self, batch: Batch) -> dict[str, float]:
-        """Gradients of the batch, reduced over ranks, into the buffers; metrics of the batch."""
+        """Gradients of a step's first batch, reduced over ranks, in the buffers; its metrics."""
+        (items,) = self._passes([batch])
+        return to_metrics(self._backward(items, batch.denominator))
+
+    def _passes(self, batches: Sequence[Batch]) -> list[list[Pass]]:
+        """Micro-batches, with what other weights than those in training say of their targets.
+
+        The first batch meets the old policy itself, so only later ones need its log-probs.
+        """
+        unknown = [[None] * len(batch.micro_batches) for batch in batches]
+        references = unknown
+        if self._reference:
+            with self._reference.in_place():
+                references = [self._target_logprobs(batch.micro_batches) for batch in batches]
+        olds = [unknown[0], *(self._target_logprobs(batch.micro_batches) for batch in batches[1:])]
+        return [
+            [
+                Pass(micro_batch=micro_batch, old_T=old_T, reference_T=reference_T)
+                for micro_batch, old_T, reference_T in zip(
+                    batch.micro_batches, old, reference, strict=True
+                )
+            ]
+            for batch, old, reference in zip(batches, olds, references, strict=True)
+        ]
+
+    def _backward(self, items: Sequence[Pass], denominator: float) -> Counters:
         self.model.zero_grad_buffer()
         self._optimizer.zero_grad()
-
-        def forward_step(
-            micro_batches: Iterator[MicroBatch], model: torch.nn.Module
-        ) -> tuple[Tensor, Any]:
-            micro_batch = next(micro_batches)
-            logits_TV = self.logits(model, micro_batch)
-
-            def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                return self._loss(output[0], micro_batch, batch.denominator)
-
-            return logits_TV, loss_func
-
-        per_micro_batch = self._run(forward_step, batch.micro_batches, self.model)
+        per_micro_batch = self._schedule(
+            [item.micro_batch for item in items],
+            lambda index, logits_TV: self._loss(logits_TV, items[index], denominator),
+            forward_only=False,
+        )
         if not self._mesh.speaks_for_slot:
-            per_micro_batch = []  # the others of this copy would say the same
-        self._refuse_non_finite(per_micro_batch, batch)
+            per_micro_batch = []  # the other ranks of this copy know the same, or nothing
+        self._refuse_non_finite(per_micro_batch, items)
         return self._reduce(per_micro_batch)
 
-    def _run(
+    def _schedule(
         self,
-        forward_step: Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Any]],
         micro_batches: Sequence[MicroBatch],
-        model: torch.nn.Module,
-        forward_only: bool = False,
-    ) -> list[Any]:
-        """Megatron's schedule; what the loss function said of each micro-batch, on the last stage."""
+        finish: Callable[[int, Tensor], tuple[Tensor, R]],
+        *,
+        forward_only: bool,
+    ) -> list[R]:
+        """Megatron's schedule. `finish` makes of a micro-batch's index and logits its loss and a
+        result; results come in the order of the micro-batches, from the last stage only."""
+
+        def forward_step(indices: Iterator[int], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            index = next(indices)
+
+            def loss_func(output: Tensor) -> tuple[Tensor, Tensor, R]:
+                loss, result = finish(index, output[0])
+                return loss, torch.zeros((), dtype=torch.int), result
+
+            return self.logits(model, micro_batches[index]), loss_func
+
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=model,
+            data_iterator=iter(range(len(micro_batches))),
+            model=self.model,
             num_microbatches=len(micro_batches),
             seq_length=max(len(m.token_ids) for m in micro_batches),
             micro_batch_size=1,
             forward_only=forward_only,
-            collect_non_loss_data=forward_only,
         )
 
-    def _refuse_non_finite(self, stats: Sequence[dict[str, Tensor]], batch: Batch) -> None:
+    @torch.no_grad()
+    def _target_logprobs(
+        self, micro_batches: Sequence[MicroBatch], *, temperature: float | None = None
+    ) -> list[Tensor]:
+        """[T] each, under the weights that are in the model now; None: as in training. Only the
+        last stage knows them: on the others it is room to receive them into."""
+        at = self._temperature if temperature is None else temperature
+
+        def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+            targets_T = self._tensor(micro_batches[index].target_ids).long()
+            found_T = token_logprobs(logits_TV, targets_T, temperature=at)
+            return found_T.sum(), found_T  # the schedule wants a loss; nothing descends it
+
+        found = self._schedule(micro_batches, finish, forward_only=True)
+        return found or [torch.empty(len(m.token_ids), device=self._device) for m in micro_batches]
+
+    def _refuse_non_finite(self, stats: Sequence[Counters], items: Sequence[Pass]) -> None:
         """Raises on every rank if the loss of any rank's micro-batch is not finite."""
         bad = [
-            ", ".join(micro_batch.sample_ids)
-            for micro_batch, each in zip(batch.micro_batches, stats, strict=False)
-            if not torch.isfinite(each["loss"])
+            ", ".join(item.micro_batch.sample_ids)
+            for item, each in zip(items, stats, strict=bool(stats))
+            if not torch.isfinite(each.quotients["loss"][0])
         ]
         everywhere = [samples for share in self._mesh.gather(bad) for samples in share]
         if everywhere:
@@ -167,85 +240,44 @@ class MegatronLearner:
             packed_seq_params=packed,
         )
 
-    def _loss(
-        self, logits_TV: Tensor, micro_batch: MicroBatch, denominator: float
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(self, logits_TV: Tensor, item: Pass, denominator: float) -> tuple[Tensor, Counters]:
+        micro_batch = item.micro_batch
         targets_T = self._tensor(micro_batch.target_ids).long()
-        weight_T = self._tensor(micro_batch.loss_weight)
         logprobs_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
-        advantage_T = self._tensor(micro_batch.advantage)
-        loss = policy_loss(logprobs_T, weight_T, advantage_T, denominator=denominator)
+        tokens = TokenTensors(
+            loss_weight_T=self._tensor(micro_batch.loss_weight),
+            advantage_T=self._tensor(micro_batch.advantage),
+            rollout_T=self._tensor(micro_batch.logprob),
+            old_T=item.old_T,
+            reference_T=item.reference_T,
+            cu_seqlens=self._tensor(micro_batch.cu_seqlens),
+        )
+        loss, counters = policy_loss(logprobs_T, tokens, self._cfg, denominator=denominator)
         entropies_T = token_entropies(
             logits_TV.detach(), temperature=self._temperature, group=self._mesh.tp_group
         )
-        rollout_T = self._tensor(micro_batch.logprob)
-        shown_T = torch.isnan(rollout_T)
-        sampled_T = (weight_T != 0) & ~shown_T
-        off = mismatch(logprobs_T[sampled_T], rollout_T[sampled_T])
-        demonstrations = policy_loss(
-            logprobs_T.detach()[shown_T],
-            weight_T[shown_T],
-            advantage_T[shown_T],
-            denominator=denominator,
-        )
-        stats = {
-            "loss": loss.detach().double(),
-            "demonstrations": demonstrations.double(),
-            "num_tokens": sampled_T.sum().double(),
-            "entropy": entropies_T[sampled_T].double().sum(),
-            "abs_sum": off.abs_sum,
-            "k3_sum": off.k3_sum,
-            "abs_max": off.abs_max,
-        }
-        return loss, torch.zeros((), dtype=torch.int), stats
+        entropy = {"entropy": over_sampled(entropies_T, tokens)}
+        return loss, replace(counters, quotients=counters.quotients | entropy)
 
-    def _reduce(self, per_micro_batch: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        """Metrics of the whole batch, equal on all ranks."""
-        zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        sums = torch.stack([sum((s[name] for s in per_micro_batch), zero) for name in SUMS])
-        largest = torch.stack([zero, *(s["abs_max"] for s in per_micro_batch)]).max()
-        dist.all_reduce(sums)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        total = dict(zip(SUMS, sums.tolist(), strict=True))
-        num_tokens = max(total["num_tokens"], 1.0)
-        return {
-            "loss": total["loss"],
-            "loss/demonstrations": total["demonstrations"],
-            "entropy": total["entropy"] / num_tokens,
-            "tokens/trained": total["num_tokens"],
-            "mismatch/logprob_abs_max": largest.item(),
-            "mismatch/logprob_abs_mean": total["abs_sum"] / num_tokens,
-            "mismatch/kl_k3": total["k3_sum"] / num_tokens,
-        }
+    def _reduce(self, per_micro_batch: Sequence[Counters]) -> Counters:
+        """Sums and maxima over the copies of the policy, equal on all ranks."""
+        own = [on_host(add_counters(per_micro_batch))] if per_micro_batch else []
+        return add_counters([each for share in self._mesh.gather(own) for each in share])
 
-    @torch.no_grad()
     def logprobs(self, sequences: Sequence[Tokens], *, temperature: float) -> list[Floats]:
         """Each [T - 1]: log-prob of every token after the first, on all ranks of the copy."""
         if not sequences:
             return []
-        samples = [
-            demonstration_sample(str(index), tokens[:1], tokens[1:], weight=0.0, count=0.0)
-            for index, tokens in enumerate(sequences)
+        micro_batches = [
+            pack([demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)])
+            for tokens in sequences
         ]
-        micro_batch = pack(samples)
-
-        def forward_step(
-            micro_batches: Iterator[MicroBatch], model: torch.nn.Module
-        ) -> tuple[Tensor, Any]:
-            targets_T = self._tensor(next(micro_batches).target_ids).long()
-
-            def logprobs_of(output: Tensor, non_loss_data: bool) -> Tensor:
-                return token_logprobs(output[0], targets_T, temperature=temperature)
-
-            return self.logits(model, micro_batch), logprobs_of
-
-        (found_T,) = self._run(forward_step, [micro_batch], self.module, forward_only=True) or [
-            torch.empty(len(micro_batch.token_ids), device=self._device)
-        ]
+        found = self._target_logprobs(micro_batches, temperature=temperature)
         if self._mesh.pp_size > 1:
-            last = self._mesh.pp_size - 1
-            dist.broadcast(found_T, group=self._mesh.pp_group, group_src=last)
-        return np.split(found_T.cpu().numpy(), micro_batch.cu_seqlens[1:-1])
+            for logprobs_T in found:
+                last = self._mesh.pp_size - 1
+                dist.broadcast(logprobs_T, group=self._mesh.pp_group, group_src=last)
+        return [logprobs_T.cpu().numpy() for logprobs_T in found]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         parameters = local_parameters(self.module)

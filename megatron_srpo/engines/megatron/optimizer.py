@@ -16,7 +16,7 @@ from megatron_srpo.engines.megatron.cpu import cuda_type_names
 
 
 class MegatronAdam:
-    """Optimizer and schedule, stepped together."""
+    """Optimizer and schedule. One learning rate can serve several updates."""
 
     def __init__(
         self,
@@ -61,14 +61,13 @@ class MegatronAdam:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
-    def skip_step(self) -> None:
-        """A step without a gradient: nothing moves but the schedule."""
+    def advance(self) -> None:
+        """The next learning rate; called before a step's updates, also if there are none."""
+        # Megatron's warm-up gives its first step a rate of 0; ours begins with 1/warmup_steps.
         self._schedule.step(1)
 
     def step(self) -> float:
-        """Clip, step, advance the learning rate; returns the gradient norm before clipping."""
-        # Megatron's warm-up gives its first step a rate of 0; ours begins with 1/warmup_steps.
-        self._schedule.step(1)
+        """Clip, step; returns the gradient norm before clipping."""
         with cuda_type_names():
             done: Any = self._optimizer.step()
         _, grad_norm, _ = done
