@@ -18,7 +18,7 @@ LEVELS = (
     "algorithm resets advantages thoughts localize rewards data tokenizer hf_folder batching "
     "loss metrics stopwatch",
     "engines",
-    "journal weight_sync colocation telemetry evaluate exchange export inputs sft assembly train",
+    "journal weight_sync colocation telemetry evaluate exchange replica export inputs sft assembly train",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
