@@ -1,4 +1,4 @@
-"""`megatron-srpo train | sft`: the command line, and the only place that sets up a process.
+"""`megatron-srpo train | sft | eval`: the command line, and the only place that sets up a process.
 
 Started plainly it is one process; under torchrun or srun, one of many.
 Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 what the user gave is wrong.
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_srpo.config import load_config
+from megatron_srpo.config import Config, load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 from megatron_srpo.types import AlarmError, InputError
 
@@ -31,27 +31,38 @@ def main(argv: list[str] | None = None) -> int:
     be_one_process_unless_launched()
     try:
         cfg = load_config(arguments.config, [*arguments.overrides, *rest])
-        # Imported step by step: what the user gave is checked before the engines' long imports.
-        num_processes = int(os.environ["WORLD_SIZE"])
-        if arguments.command == "sft":
-            from megatron_srpo.inputs import read_sft_inputs
-
-            demonstrations = read_sft_inputs(cfg, num_replicas=num_processes)
-            from megatron_srpo.sft import sft
-
-            sft(cfg, demonstrations)
-        else:
-            from megatron_srpo.inputs import read_inputs
-
-            inputs = read_inputs(cfg, num_replicas=num_processes, replay=arguments.replay)
-            from megatron_srpo.train import train
-
-            train(cfg, inputs, replay=arguments.replay)
+        _run(arguments, cfg)
     except InputError as error:
         return _stop(error, code=2)
     except AlarmError as error:
         return _stop(error, code=1)
     return 0
+
+
+def _run(arguments: argparse.Namespace, cfg: Config) -> None:
+    """Imports step by step: what the user gave is checked before the engines' long imports."""
+    num_processes = int(os.environ["WORLD_SIZE"])
+    if arguments.command == "sft":
+        from megatron_srpo.inputs import read_sft_inputs
+
+        demonstrations = read_sft_inputs(cfg, num_processes=num_processes)
+        from megatron_srpo.sft import sft
+
+        sft(cfg, demonstrations)
+    elif arguments.command == "eval":
+        from megatron_srpo.inputs import read_eval_inputs
+
+        held_out = read_eval_inputs(cfg, out=arguments.out)
+        from megatron_srpo.evaluate_model import evaluate_model
+
+        evaluate_model(cfg, held_out, out=arguments.out)
+    else:
+        from megatron_srpo.inputs import read_inputs
+
+        inputs = read_inputs(cfg, num_processes=num_processes, replay=arguments.replay)
+        from megatron_srpo.train import train
+
+        train(cfg, inputs, replay=arguments.replay)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, help in (
         ("train", "train a policy with GRPO, RRPO or SRPO"),
         ("sft", "warm-start a policy from demonstrations"),
+        ("eval", "measure a policy's pass@k on held-out problems"),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("config", type=Path, help="YAML file")
@@ -69,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument(
                 "--replay", type=Path, metavar="RUN", help="train on this run's rollouts"
+            )
+        if name == "eval":
+            command.add_argument(
+                "--out", type=Path, metavar="FILE.jsonl", help="write every response to a new file"
             )
     return parser
 

@@ -1,57 +1,91 @@
 """Whose fault was it?   groups -> credit per token
 
-A new rule is one class here: `assign` sees all groups of a step (`protocols.CreditRule`).
-Legend: G rollouts of a group, T tokens of a response.
+A new rule is one class, here or in a file of yours: built with (cfg), and `assign` sees all groups
+of a step (`protocols.CreditRule`). Legend: G rollouts of a group, T tokens of a response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_srpo.types import Floats, Group, Rollout
+from megatron_srpo.config import Config
+from megatron_srpo.protocols import CreditRule
+from megatron_srpo.types import Floats, Group, InputError, Rollout
 
 
 @dataclass(frozen=True, slots=True)
 class GroupNormalized:
-    """The paper's credit: (r - mean) / population std in a group, on the tokens it sampled itself.
+    """(r - baseline) / std in a group, on the tokens that a rollout sampled itself.
 
-    A copied prefix has weight 0. Weights are 1/length, so that the loss is a mean over sequences
-    of token means (paper section 3; released srpo_loss). A reward that could not be computed is
-    no reward of 0: its rollout is left out of the statistics and of the loss.
+    A copied prefix has weight 0. The default, population std and a mean over sequences of token
+    means, is the paper's (section 3; released srpo_loss); `credit.*` has the other conventions:
+    sample std and token mean are verl's GRPO, no std is Dr. GRPO (2503.20783), leave-one-out is
+    RLOO (2402.14740). A reward that could not be computed is no reward of 0: its rollout is left
+    out of the statistics and of the loss.
     """
+
+    cfg: Config
 
     def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
         return [
             [
-                _on_own_tokens(rollout, advantage)
-                for rollout, advantage in zip(
-                    group.rollouts, _normalized(group.rollouts), strict=True
-                )
+                self._on_own_tokens(rollout, advantage)
+                for rollout, advantage in zip(group.rollouts, self._advantages(group), strict=True)
             ]
             for group in groups
         ]
 
+    def _advantages(self, group: Group) -> Floats:
+        """[G]; exactly 0 where all rewards agree, NaN-free by construction."""
+        scored = np.array([rollout.score.failure is None for rollout in group.rollouts])
+        rewards = np.array([r.score.value for r in group.rollouts], dtype=np.float64)[scored]
+        advantages = np.zeros(len(group.rollouts), dtype=np.float32)
+        if group.has_signal:
+            centred = rewards - rewards.mean()
+            if self.cfg.credit.baseline == "leave_one_out":
+                centred *= len(rewards) / (len(rewards) - 1)
+            advantages[scored] = centred / self._std(rewards)
+        return advantages
 
-def _normalized(rollouts: Sequence[Rollout]) -> Floats:
-    """[G] advantages; exactly 0 where all rewards agree, NaN-free by construction."""
-    scored = np.array([rollout.score.failure is None for rollout in rollouts])
-    rewards = np.array([rollout.score.value for rollout in rollouts], dtype=np.float64)
-    advantages = np.zeros(len(rollouts), dtype=np.float32)
-    if scored.any() and np.ptp(rewards[scored]) > 0:
-        centred = rewards[scored] - rewards[scored].mean()
-        advantages[scored] = centred / rewards[scored].std()
-    return advantages
+    def _std(self, rewards: np.ndarray) -> float:
+        if self.cfg.credit.std == "none":
+            return 1.0
+        return float(rewards.std(ddof=1 if self.cfg.credit.std == "sample" else 0))
+
+    def _on_own_tokens(self, rollout: Rollout, advantage: float) -> tuple[Floats, Floats]:
+        """(loss_weight, advantage), each [T]."""
+        num_own = len(rollout.token_ids) - rollout.num_copied
+        loss_weight = np.zeros(len(rollout.token_ids), dtype=np.float32)
+        if rollout.score.failure is None:
+            is_mean = self.cfg.credit.aggregation == "sequence_mean"
+            loss_weight[rollout.num_copied :] = 1.0 / num_own if is_mean else 1.0
+        advantages = np.zeros(len(rollout.token_ids), dtype=np.float32)
+        advantages[rollout.num_copied :] = advantage
+        return loss_weight, advantages
 
 
-def _on_own_tokens(rollout: Rollout, advantage: float) -> tuple[Floats, Floats]:
-    """(loss_weight, advantage), each [T]."""
-    num_own = len(rollout.token_ids) - rollout.num_copied
-    loss_weight = np.zeros(len(rollout.token_ids), dtype=np.float32)
-    if rollout.score.failure is None:
-        loss_weight[rollout.num_copied :] = 1.0 / num_own
-    advantages = np.zeros(len(rollout.token_ids), dtype=np.float32)
-    advantages[rollout.num_copied :] = advantage
-    return loss_weight, advantages
+CREDITS: dict[str, Callable[[Config], CreditRule]] = {"group": GroupNormalized}
+
+
+def credited(groups: Sequence[Group], rule: CreditRule) -> Iterator[tuple[Rollout, Floats, Floats]]:
+    """(rollout, loss_weight [T], advantage [T]) of every rollout that is trained.
+
+    Raises `InputError` if the rule's answer does not fit the rollouts or is not finite.
+    """
+    trained = [group for group in groups if group.use == "train"]
+    answer = rule.assign(trained)
+    wanted = [[rollout.token_ids.shape] * 2 for group in trained for rollout in group.rollouts]
+    found = [[part.shape for part in credit] for credits in answer for credit in credits]
+    if found != wanted:
+        raise InputError(
+            "the credit rule must give (loss_weight, advantage), each as long as the response, "
+            "for every rollout of every group"
+        )
+    for group, credits in zip(trained, answer, strict=True):
+        for rollout, (loss_weight, advantage) in zip(group.rollouts, credits, strict=True):
+            if not (np.isfinite(loss_weight).all() and np.isfinite(advantage).all()):
+                raise InputError(f"the credit rule's answer for {rollout.id} is not finite")
+            yield rollout, loss_weight, advantage

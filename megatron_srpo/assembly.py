@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron_srpo.advantages import GroupNormalized
-from megatron_srpo.algorithm import Roles, collect_groups
+from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
 from megatron_srpo.data import EpochOrder
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
-from megatron_srpo.evaluate import pass_at_1
+from megatron_srpo.evaluate import attempt_sums, evaluate
+from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
-from megatron_srpo.resets import reset_rule
-from megatron_srpo.rewards import REWARDS
+from megatron_srpo.replica import LeaderReward, LeaderRule
+from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
 from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
-from megatron_srpo.types import Sample
+from megatron_srpo.types import Batch, Group, Prompt, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
 
 
@@ -43,7 +43,10 @@ class Run:
     credit: CreditRule
     auxiliary: Callable[[int], list[Sample]]
     """step -> samples of losses beside the policy loss"""
-    journal: Journal
+    record: Callable[[int, Sequence[Group]], None]
+    """Writes a step's groups to the journal, where this process is its replica's leader."""
+    exchange: Callable[[Sequence[Sample]], Batch]
+    """Samples of all replicas -> this process's batch; collective."""
     learner: Learner
     engine: VllmGenerator
     weight_sync: WeightSync
@@ -57,31 +60,31 @@ class Run:
 def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Run:
     """Collective: every rank builds its shard of both engines."""
     stopwatch = Stopwatch()
-    learner = MegatronLearner(
-        cfg.model,
-        mesh,
-        dtype=getattr(torch, cfg.dtype),
-        temperature=cfg.rollout.temperature,
-        optimizer=cfg.optimizer,
-        num_steps=cfg.num_steps,
-    )
+    learner = build_learner(cfg, mesh)
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
     roles = Roles(
         generator=TimedGenerator(engine, stopwatch),
         tokenizer=inputs.tokenizer,
-        reward=TimedReward(REWARDS[cfg.reward], stopwatch),
-        rule=reset_rule(cfg, inputs.tokenizer),
+        reward=LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh),
+        rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
-    replica = {"replica": mesh.rank, "num_replicas": mesh.world_size}
+    replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
+    journal = Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica)
     live = partial(collect_groups, roles=roles, cfg=cfg)
     return Run(
         cfg=cfg,
         mesh=mesh,
         data=prompt_set(cfg, inputs.prompts, **replica),
         collect=Replay(folder=RunFolder(replay).rollouts) if replay else live,
-        credit=GroupNormalized(),
-        auxiliary=_auxiliary(cfg, inputs, replica),
-        journal=Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica),
+        credit=inputs.credit,
+        auxiliary=auxiliary_samples(cfg, inputs, replica),
+        record=journal.write if mesh.is_leader else _record_nothing,
+        exchange=partial(
+            exchange,
+            mesh=mesh,
+            max_tokens=cfg.micro_batch_tokens,
+            with_silent=cfg.loss.kl_coef > 0,
+        ),
         learner=learner,
         engine=engine,
         weight_sync=WeightSync(
@@ -91,13 +94,10 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
             probe=probe_context(inputs.prompts[0], cfg.rollout.max_model_len),
             temperature=cfg.rollout.temperature,
             max_logprob_diff=cfg.max_logprob_diff,
+            gather=mesh.gather,
         ),
         evaluate=partial(
-            pass_at_1,
-            inputs.held_out[mesh.rank :: mesh.world_size],
-            set_name=cfg.data.eval.stem,
-            roles=roles,
-            cfg=cfg,
+            held_out_sums, inputs.held_out[mesh.replica :: mesh.num_replicas], roles, cfg
         ),
         gpu=Colocation(stopwatch),
         stopwatch=stopwatch,
@@ -105,9 +105,39 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
     )
 
 
-def _auxiliary(
+def _record_nothing(step: int, groups: Sequence[Group]) -> None:
+    """The other processes of a replica hold what its leader writes."""
+
+
+def build_learner(cfg: Config, mesh: Mesh) -> MegatronLearner:
+    """The policy that is trained, with the weights of `cfg.model`; collective."""
+    return MegatronLearner(
+        cfg.model,
+        mesh,
+        dtype=getattr(torch, cfg.dtype),
+        temperature=cfg.rollout.temperature,
+        optimizer=cfg.optimizer,
+        loss=cfg.loss,
+        num_steps=cfg.num_steps,
+    )
+
+
+def held_out_sums(prompts: Sequence[Prompt], roles: Roles, cfg: Config) -> Sums:
+    """One replica's share of the evaluation of the policy as it is."""
+    attempts = evaluate(
+        prompts,
+        generator=roles.generator,
+        tokenizer=roles.tokenizer,
+        reward=roles.reward,
+        cfg=cfg,
+    )
+    return attempt_sums(attempts, cfg)
+
+
+def auxiliary_samples(
     cfg: Config, inputs: Inputs, replica: dict[str, int]
 ) -> Callable[[int], list[Sample]]:
+    """step -> samples of the losses beside the policy loss."""
     if not inputs.retained:
         return lambda step: []
     return Retention(

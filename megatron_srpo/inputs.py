@@ -5,13 +5,16 @@ Every function raises `InputError` for the first thing that is wrong.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.advantages import CREDITS
 from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.extensions import build, find
 from megatron_srpo.hf_folder import (
     head_size,
     num_kv_heads,
@@ -20,6 +23,9 @@ from megatron_srpo.hf_folder import (
     weight_files,
 )
 from megatron_srpo.journal import check_replay
+from megatron_srpo.protocols import CreditRule, ResetRule, Reward
+from megatron_srpo.resets import RULES
+from megatron_srpo.rewards import REWARDS
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.tokenizer import HFTokenizer
@@ -27,10 +33,24 @@ from megatron_srpo.types import InputError, Prompt, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalInputs:
+    """For evaluation alone."""
+
+    tokenizer: HFTokenizer
+    reward: Reward
+    held_out: Sequence[Prompt]
+    dropped: Sequence[str]
+    """Ids of prompts that are too long and were left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """For training."""
 
     tokenizer: HFTokenizer
+    reward: Reward
+    rule: ResetRule
+    credit: CreditRule
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     dropped: Sequence[str]
@@ -41,33 +61,30 @@ class Inputs:
     """Hugging Face name -> shape of every tensor of the policy."""
 
 
-def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -> Inputs:
+def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) -> Inputs:
     """Everything that `train` needs of the user's files."""
     RunFolder(cfg.run_dir).check_free()
-    if cfg.algorithm.num_prompts % num_replicas:
-        raise InputError(
-            f"algorithm.num_prompts={cfg.algorithm.num_prompts} does not divide over "
-            f"{num_replicas} processes"
-        )
+    layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
+    check_layout(cfg.parallel, read_config(cfg.model), **layout)
+    _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
-    limits = {
-        "max_prompt_tokens": cfg.data.max_prompt_tokens,
-        "long_prompts": cfg.data.long_prompts,
-    }
-    prompts, dropped = read_prompts(cfg.data.train, tokenizer, **limits)
-    held_out, also_dropped = read_prompts(cfg.data.eval, tokenizer, **limits)
+    prompts, dropped = _read_prompts(cfg.data.train, tokenizer, cfg)
+    held_out, also_dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
     if len(prompts) < cfg.algorithm.num_prompts:
         raise InputError(
             f"{cfg.data.train}: {len(prompts)} prompts are fewer than a step's "
             f"algorithm.num_prompts={cfg.algorithm.num_prompts}"
         )
-    if cfg.algorithm.method == "oracle" and not all(prompt.solution for prompt in prompts):
-        raise InputError(f"{cfg.data.train}: algorithm.method=oracle needs `solution` in each row")
+    if cfg.algorithm.resets == "oracle" and not all(prompt.solution for prompt in prompts):
+        raise InputError(f"{cfg.data.train}: algorithm.resets=oracle needs `solution` in each row")
     if replay is not None:
         _check_replay(cfg, prompts, replay)
     return Inputs(
         tokenizer=tokenizer,
+        reward=find(cfg.reward, REWARDS, key="reward"),
+        rule=build(cfg.algorithm.resets, RULES, ResetRule, cfg, tokenizer, key="algorithm.resets"),
+        credit=build(cfg.credit.rule, CREDITS, CreditRule, cfg, key="credit.rule"),
         prompts=prompts,
         held_out=held_out[: cfg.eval.num_prompts],
         dropped=[*dropped, *also_dropped],
@@ -76,14 +93,31 @@ def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -
     )
 
 
-def read_sft_inputs(cfg: Config, *, num_replicas: int) -> list[tuple[Tokens, Tokens]]:
+def read_eval_inputs(cfg: Config, *, out: Path | None = None) -> EvalInputs:
+    """Everything that `eval` needs of the user's files; `out` must be a file that can be made."""
+    if out is not None:
+        _check_new_file(out)
+    tokenizer = HFTokenizer(cfg.model)
+    _check_engine_fits(cfg)
+    tensor_shapes(cfg.model)  # only for what it refuses
+    held_out, dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
+    return EvalInputs(
+        tokenizer=tokenizer,
+        reward=find(cfg.reward, REWARDS, key="reward"),
+        held_out=held_out[: cfg.eval.num_prompts],
+        dropped=dropped,
+    )
+
+
+def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, Tokens]]:
     """The demonstrations of a warm start."""
     if cfg.sft is None:
         raise InputError("the config has no `sft` section")
     RunFolder(cfg.sft.run_dir).check_free()
-    if cfg.sft.batch_size % num_replicas:
+    check_layout(cfg.parallel, read_config(cfg.sft.model), num_processes=num_processes)
+    if cfg.sft.batch_size % num_processes:
         raise InputError(
-            f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_replicas} processes"
+            f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_processes} processes"
         )
     weight_files(cfg.sft.model)
     return read_demonstrations(cfg.sft.data, HFTokenizer(cfg.sft.model))
@@ -119,6 +153,34 @@ def check_layout(
         for name, number in numbers.items():
             if number % divisor:
                 raise InputError(f"{name}, {number}, does not divide by {knob} = {divisor}")
+
+
+def _read_prompts(
+    path: Path, tokenizer: HFTokenizer, cfg: Config
+) -> tuple[list[Prompt], list[str]]:
+    return read_prompts(
+        path,
+        tokenizer,
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        long_prompts=cfg.data.long_prompts,
+    )
+
+
+def _check_new_file(path: Path) -> None:
+    if path.exists():
+        raise InputError(f"{path}: exists already; name a new file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: {path.parent} is no folder that can be written to")
+
+
+def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:
+    """So that which prompts share an update does not depend on the number of replicas."""
+    num_updates = cfg.loss.updates_per_batch
+    if cfg.algorithm.num_prompts % (num_replicas * num_updates):
+        raise InputError(
+            f"algorithm.num_prompts={cfg.algorithm.num_prompts} does not divide over "
+            f"{num_replicas} rollout engines x loss.updates_per_batch={num_updates}"
+        )
 
 
 def _check_engine_fits(cfg: Config) -> None:

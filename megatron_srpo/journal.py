@@ -93,15 +93,16 @@ def _row(group: Group) -> dict[str, Any]:
             "answer": prompt.answer,
             "solution": prompt.solution,
         },
-        "reset": None if group.reset is None else _plain(group.reset),
+        "use": group.use,
+        "resets": [_plain(reset) for reset in group.resets],
         "rollouts": [
             {
                 "id": rollout.id,
                 "stage": rollout.stage,
                 "score": _plain(rollout.score),
-                "text": rollout.text,
                 "thoughts": [_plain(thought) for thought in rollout.thoughts],
                 "num_copied": rollout.num_copied,
+                "seed_id": rollout.seed_id,
                 "finish_reason": rollout.finish_reason,
                 "num_cached_tokens": rollout.num_cached_tokens,
                 "weight_version": rollout.weight_version,
@@ -130,8 +131,8 @@ def _read_part(path: Path) -> list[Group]:
             _rollout(columns, prompt, next(token_ids), next(logprobs))
             for columns in row["rollouts"]
         )
-        reset = None if row["reset"] is None else Reset(**row["reset"])
-        groups.append(Group(prompt=prompt, rollouts=rollouts, reset=reset))
+        resets = tuple(Reset(**reset) for reset in row["resets"])
+        groups.append(Group(prompt=prompt, rollouts=rollouts, resets=resets, use=row["use"]))
     return groups
 
 
@@ -141,9 +142,8 @@ def _plain(noun: Score | Thought | Reset) -> dict[str, Any]:
 
 
 def _rollout(columns: dict[str, Any], prompt: Prompt, token_ids: Any, logprobs: Any) -> Rollout:
-    kept = {name: value for name, value in columns.items() if name != "text"}
     return Rollout(
-        **kept
+        **columns
         | {
             "score": Score(**columns["score"]),
             "thoughts": tuple(Thought(**thought) for thought in columns["thoughts"]),

@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from megatron_srpo.config import Config
 from megatron_srpo.resets import first_wrong_thought
-from megatron_srpo.types import Group, Rollout
+from megatron_srpo.types import Group, Reset, Rollout
 
 Sums = dict[str, tuple[float, float]]
 """name -> (numerator, denominator)"""
@@ -23,7 +24,7 @@ class Add(Protocol):
     def __call__(self, name: str, numerator: float, denominator: float = 1.0) -> None: ...
 
 
-def rollout_sums(groups: Sequence[Group], delimiter: str) -> Sums:
+def rollout_sums(groups: Sequence[Group], cfg: Config) -> Sums:
     """One replica's share of all metrics of a step."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
@@ -31,22 +32,47 @@ def rollout_sums(groups: Sequence[Group], delimiter: str) -> Sums:
         sums[name][0] += numerator
         sums[name][1] += denominator
 
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    for rollout in rollouts:
-        _add_rollout(rollout, add)
+    trained = [group for group in groups if group.use == "train"]
     for group in groups:
-        scored = [r.score.value for r in group.rollouts if r.score.failure is None]
-        add("group/zero_signal_rate", len(set(scored)) < 2)
-    _add_resets(groups, {rollout.id: rollout for rollout in rollouts}, delimiter, add)
+        _add_tokens(group, add)
+    for group in trained:
+        add("group/zero_signal_rate", not group.has_signal)
+        for rollout in group.rollouts:
+            _add_rollout(rollout, add)
+    prompts = {group.prompt.id for group in groups}
+    replaced = {group.prompt.id for group in groups if group.use == "replaced"}
+    add("group/num_mean", len(trained), len(prompts))
+    add("group/redrawn_rate", len(replaced), len(prompts))
+    found = sum(len(group.resets) for group in trained)
+    add("reset/seed_found_rate", found, len(prompts) * cfg.algorithm.num_seeds)
+    by_id = {rollout.id: rollout for group in groups for rollout in group.rollouts}
+    for group in trained:
+        for reset in group.resets:
+            seed = by_id[reset.seed_id]
+            _add_reset(reset, seed, add)
+            truth = first_wrong_thought(seed, cfg.thoughts.delimiter)
+            if truth is not None:
+                _add_verdict(reset, truth, group, add)
     return {name: (numerator, denominator) for name, (numerator, denominator) in sums.items()}
 
 
+def _add_tokens(group: Group, add: Add) -> None:
+    """Every token that was generated or reused, by what for: comparisons count them all."""
+    for rollout in group.rollouts:
+        kind = "suffix" if rollout.stage == "suffix" else "base"
+        if group.use != "train":
+            kind = {"seeds": "seed", "replaced": "replaced"}[group.use]
+        add(f"tokens/{kind}", len(rollout.token_ids) - rollout.num_copied, 0)
+        add("tokens/prefix_cached", rollout.num_cached_tokens, 0)
+        if rollout.stage == "suffix":
+            add("reset/prefix_cached_tokens", rollout.num_cached_tokens, 0)
+    for reset in group.resets:
+        add("tokens/localize", reset.num_tokens, 0)
+        add("tokens/prefix_cached", reset.num_cached_tokens, 0)
+
+
 def _add_rollout(rollout: Rollout, add: Add) -> None:
-    score, num_own = rollout.score, len(rollout.token_ids) - rollout.num_copied
-    add("tokens/suffix" if rollout.stage == "suffix" else "tokens/base", num_own, 0)
-    add("tokens/prefix_cached", rollout.num_cached_tokens, 0)
-    if rollout.stage == "suffix":
-        add("reset/prefix_cached_tokens", rollout.num_cached_tokens, 0)
+    score = rollout.score
     add("thought/num_mean", len(rollout.thoughts))
     for thought in rollout.thoughts:
         add("thought/cut_rate", thought.was_cut)
@@ -60,38 +86,38 @@ def _add_rollout(rollout: Rollout, add: Add) -> None:
         add(f"pass_rate/{rollout.stage}", score.correct)
 
 
-def _add_resets(
-    groups: Sequence[Group], by_id: dict[str, Rollout], delimiter: str, add: Add
-) -> None:
-    prompts = {group.prompt.id for group in groups}
-    resets = [group.reset for group in groups if group.reset is not None]
-    add("reset/seed_found_rate", len(resets), len(prompts))
-    for group in groups:
-        reset = group.reset
-        if reset is None:
-            continue
-        seed = by_id[reset.seed_id]
-        add("tokens/localize", reset.num_tokens, 0)
-        add("tokens/prefix_cached", reset.num_cached_tokens, 0)
-        add("reset/thought_index_mean", reset.thought)
-        add("reset/depth_frac_mean", reset.thought / len(seed.thoughts))
-        add("reset/empty_prefix_rate", reset.thought == 0)
-        add("reset/moved_rate", reset.moved_from is not None)
-        add("localize/parse_failed_rate", reset.cause == "unparsed")
-        add("localize/no_error_rate", reset.cause == "no_error")
-        add("localize/too_long_rate", reset.cause == "too_long")
-        truth = first_wrong_thought(seed, delimiter)
-        if truth is None:
-            continue
-        if reset.cause in ("named", "oracle"):  # a random draw or a restart localizes nothing
-            chosen = reset.thought if reset.moved_from is None else reset.moved_from
-            add("localize/exact_rate", chosen == truth)
-            add("localize/clean_rate", chosen <= truth)
-        is_clean = reset.thought <= truth
-        for rollout in group.rollouts:
-            if rollout.stage == "suffix":
-                kind = "clean" if is_clean else "erroneous"
-                add(f"reset/{kind}_corrected_rate", rollout.score.correct)
+def _add_reset(reset: Reset, seed: Rollout, add: Add) -> None:
+    add("localize/parse_failed_rate", reset.cause == "unparsed")
+    add("localize/no_error_rate", reset.cause == "no_error")
+    add("localize/too_long_rate", reset.cause == "too_long")
+    add("reset/skipped_rate", reset.thought is None)
+    if reset.thought is None:
+        return
+    add("reset/thought_index_mean", reset.thought)
+    add("reset/depth_frac_mean", reset.thought / len(seed.thoughts))
+    add("reset/empty_prefix_rate", reset.thought == 0)
+    add("reset/moved_rate", reset.moved_from is not None)
+    add("reset/moved_by_mean", _chosen(reset) - reset.thought)
+
+
+def _chosen(reset: Reset) -> int:
+    """The thought that the rule chose, whatever became of it."""
+    chosen = reset.thought if reset.moved_from is None else reset.moved_from
+    assert chosen is not None, f"{reset.seed_id} was not reset"
+    return chosen
+
+
+def _add_verdict(reset: Reset, truth: int, group: Group, add: Add) -> None:
+    """Against the first wrong thought, where the task knows it."""
+    if reset.thought is None:
+        return
+    if reset.cause in ("named", "oracle"):  # a random draw or a restart localizes nothing
+        add("localize/exact_rate", _chosen(reset) == truth)
+        add("localize/clean_rate", _chosen(reset) <= truth)
+    kind = "clean" if reset.thought <= truth else "erroneous"
+    for rollout in group.rollouts:
+        if rollout.seed_id == reset.seed_id:
+            add(f"reset/{kind}_corrected_rate", rollout.score.correct)
 
 
 def combine(shares: Iterable[Sums]) -> dict[str, float]:

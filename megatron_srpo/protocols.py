@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from megatron_srpo.types import (
     Batch,
@@ -76,16 +76,18 @@ class Reward(Protocol):
     def __call__(self, prompt: Prompt, response: str) -> Score: ...
 
 
+@runtime_checkable
 class ResetRule(Protocol):
-    """Chooses how far a failed rollout goes back. Built with (cfg: Config, tokenizer: Tokenizer)."""
+    """Chooses how far a failed rollout goes back. Built with (Config, Tokenizer)."""
 
     def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
         """One reset per seed, in their order; whatever is drawn is drawn from the seed's id."""
         ...
 
 
+@runtime_checkable
 class CreditRule(Protocol):
-    """Turns rewards into credit per token. Built with (cfg: Config)."""
+    """Turns rewards into credit per token. Built with (Config)."""
 
     def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
         """(loss_weight, advantage), each [T_response], per rollout of each group."""

@@ -2,93 +2,131 @@
 
     seeds -> resets
 
-A new rule is one class here: `choose` is all it needs (`protocols.ResetRule`).
+A new rule is one class, here or in a file of yours: built with (cfg, tokenizer), and `choose` is
+all it needs (`protocols.ResetRule`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_srpo.config import Config
 from megatron_srpo.localize import PARSERS, localization_context
 from megatron_srpo.protocols import Generator, ResetRule, Tokenizer
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.thoughts import body
-from megatron_srpo.types import Completion, Request, Reset, Rollout
+from megatron_srpo.types import Completion, InputError, Request, Reset, Rollout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RandomReset:
     """RRPO: any thought of the seed, uniformly; the first one restarts from the prompt."""
 
-    run_seed: int
+    cfg: Config
+    tokenizer: Tokenizer
 
-    def choose(self, seeds: Sequence[Rollout], generator: Generator, step: int) -> list[Reset]:
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
         return [
-            Reset(
-                seed_id=seed.id,
-                thought=random.Random(
-                    counter_seed(self.run_seed, step, seed.prompt.id, "reset", 0)
-                ).randrange(len(seed.thoughts)),
-                cause="random",
-            )
+            Reset(seed_id=seed.id, thought=random_thought(seed, self.cfg.seed), cause="random")
             for seed in seeds
         ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def random_thought(seed: Rollout, run_seed: int) -> int:
+    """Index of any of the seed's thoughts, uniformly."""
+    return random.Random(counter_seed(run_seed, seed.id, "reset")).randrange(len(seed.thoughts))
+
+
+@dataclass(frozen=True, slots=True)
 class SelfReset:
-    """SRPO: the thought that the policy itself names. An answer that names none restarts."""
+    """SRPO: the thought that the policy itself names; `localize.fallback` if it names none."""
 
-    tokenizer: Tokenizer
     cfg: Config
+    tokenizer: Tokenizer
 
-    def choose(self, seeds: Sequence[Rollout], generator: Generator, step: int) -> list[Reset]:
-        requests = {seed.id: self._question(seed, step) for seed in seeds}
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+        questions = {seed.id: self._question(seed) for seed in seeds}
         longest = self.cfg.rollout.max_model_len - self.cfg.localize.max_tokens
-        asked = [request for request in requests.values() if len(request.context) <= longest]
+        asked = [question for question in questions.values() if len(question.context) <= longest]
         answers = {answer.request_id: answer for answer in generator.generate(asked)}
-        return [self._read(seed, answers.get(requests[seed.id].id)) for seed in seeds]
+        return [self._read(seed, answers.get(questions[seed.id].id)) for seed in seeds]
 
-    def _question(self, seed: Rollout, step: int) -> Request:
+    def _question(self, seed: Rollout) -> Request:
+        id = f"{seed.id}/localize"
         return Request(
-            id=f"{seed.id}/localize",
+            id=id,
             purpose="localize",
             context=localization_context(
                 seed, self.tokenizer, self.cfg.localize, self.cfg.thoughts.delimiter
             ),
             max_tokens=self.cfg.localize.max_tokens,
             temperature=self.cfg.localize.temperature,
-            seed=counter_seed(self.cfg.seed, step, seed.prompt.id, "localize", 0),
+            top_p=self.cfg.rollout.top_p,
+            seed=counter_seed(self.cfg.seed, id),
         )
 
     def _read(self, seed: Rollout, answer: Completion | None) -> Reset:
         if answer is None:
-            return Reset(seed_id=seed.id, thought=0, cause="too_long")
+            return Reset(seed_id=seed.id, thought=self._fallback(seed), cause="too_long")
         text = "".join(self.tokenizer.pieces(answer.token_ids))
         verdict = PARSERS[self.cfg.localize.parser](text, len(seed.thoughts))
+        is_named = isinstance(verdict, int)
         return Reset(
             seed_id=seed.id,
-            thought=verdict if isinstance(verdict, int) else 0,
-            cause="named" if isinstance(verdict, int) else verdict,
+            thought=verdict if is_named else self._fallback(seed),
+            cause="named" if is_named else verdict,
             answer=text,
             num_tokens=len(answer.token_ids),
             num_cached_tokens=answer.num_cached_tokens,
         )
 
+    def _fallback(self, seed: Rollout) -> int | None:
+        known = {"restart": 0, "random": random_thought(seed, self.cfg.seed), "skip": None}
+        return known[self.cfg.localize.fallback]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True)
+class DepthMatchedReset:
+    """A control: as deep, in share of thoughts, as the policy's verdict on *another* seed.
+
+    Depths are distributed as with `SelfReset`, and so is the cost, but a depth says nothing about
+    its own seed. A seed that is alone in its step has no other: any of its thoughts, uniformly.
+    """
+
+    cfg: Config
+    tokenizer: Tokenizer
+
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+        own = SelfReset(self.cfg, self.tokenizer).choose(seeds, generator)
+        shares = [
+            None if reset.thought is None else reset.thought / len(seed.thoughts)
+            for reset, seed in zip(own, seeds, strict=True)
+        ]
+        others = shares[1:] + shares[:1]
+        return [
+            replace(reset, thought=self._thought(seed, other, len(seeds)), cause="depth_matched")
+            for reset, seed, other in zip(own, seeds, others, strict=True)
+        ]
+
+    def _thought(self, seed: Rollout, share: float | None, num_seeds: int) -> int | None:
+        if num_seeds == 1:
+            return random_thought(seed, self.cfg.seed)
+        return None if share is None else int(share * len(seed.thoughts))
+
+
+@dataclass(frozen=True, slots=True)
 class OracleReset:
     """The first wrong thought, from the task's own solution: what perfect localization would do."""
 
-    delimiter: str
+    cfg: Config
+    tokenizer: Tokenizer
 
-    def choose(self, seeds: Sequence[Rollout], generator: Generator, step: int) -> list[Reset]:
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
         resets: list[Reset] = []
         for seed in seeds:
-            thought = first_wrong_thought(seed, self.delimiter)
+            thought = first_wrong_thought(seed, self.cfg.thoughts.delimiter)
             assert thought is not None, f"{seed.prompt.id}: the oracle needs a `solution`"
             resets.append(Reset(seed_id=seed.id, thought=thought, cause="oracle"))
         return resets
@@ -108,10 +146,26 @@ def first_wrong_thought(rollout: Rollout, delimiter: str) -> int | None:
     return len(rollout.thoughts) - 1
 
 
-def reset_rule(cfg: Config, tokenizer: Tokenizer) -> ResetRule:
-    """The rule that `algorithm.method` names. GRPO resets nothing: its rule is never asked."""
-    if cfg.algorithm.method == "srpo":
-        return SelfReset(tokenizer=tokenizer, cfg=cfg)
-    if cfg.algorithm.method == "oracle":
-        return OracleReset(delimiter=cfg.thoughts.delimiter)
-    return RandomReset(run_seed=cfg.seed)
+RULES: dict[str, Callable[[Config, Tokenizer], ResetRule]] = {
+    "none": RandomReset,  # never asked: there are no seeds
+    "random": RandomReset,
+    "self": SelfReset,
+    "oracle": OracleReset,
+    "depth_matched": DepthMatchedReset,
+}
+
+
+def checked(resets: Sequence[Reset], seeds: Sequence[Rollout]) -> Sequence[Reset]:
+    """The same resets; `InputError` unless there is one for each seed, to one of its thoughts."""
+    if [reset.seed_id for reset in resets] != [seed.id for seed in seeds]:
+        raise InputError(
+            f"the reset rule answered for {[reset.seed_id for reset in resets]}; it was asked for "
+            f"one reset for each of {[seed.id for seed in seeds]}, in this order"
+        )
+    for reset, seed in zip(resets, seeds, strict=True):
+        if reset.thought is not None and reset.thought not in range(len(seed.thoughts)):
+            raise InputError(
+                f"the reset rule chose thought {reset.thought} of rollout {seed.id}, which has "
+                f"thoughts 0 to {len(seed.thoughts) - 1}"
+            )
+    return resets

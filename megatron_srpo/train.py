@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_srpo.algorithm import to_samples
 from megatron_srpo.assembly import Run, assemble
+from megatron_srpo.batching import mini_batches
 from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
-from megatron_srpo.exchange import exchange
 from megatron_srpo.export import save_hf
 from megatron_srpo.inputs import Inputs
 from megatron_srpo.metrics import Sums, combine, rollout_sums
@@ -18,11 +18,14 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
 
+KINDS = ("base", "seed", "replaced", "localize", "suffix")
+"""Of generated tokens, in the metrics `tokens/...`."""
+
 
 def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
     """Run the config; or, with `replay`, train on the rollouts in that run's folder."""
     folder = RunFolder(cfg.run_dir)
-    mesh = build_mesh()
+    mesh = build_mesh(cfg.parallel, rollout_tp=cfg.rollout.tp)
     run = assemble(cfg, inputs, mesh, replay)
     if mesh.rank == 0:
         folder.create(cfg)
@@ -30,7 +33,7 @@ def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
     with Telemetry(
         folder if mesh.rank == 0 else None,
         cfg.log,
-        name=f"train {cfg.algorithm.method}",
+        name=f"train {cfg.algorithm.resets}",
         num_steps=cfg.num_steps,
         stopwatch=run.stopwatch,
     ) as telemetry:
@@ -57,18 +60,19 @@ def loop(run: Run, telemetry: Telemetry) -> None:
             evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}
             groups = run.collect(prompts, step=step)
         with run.stopwatch.phase("journal"):
-            run.journal.write(step, groups)
-        samples = to_samples(groups, run.credit) + run.auxiliary(step)
-        batch = exchange(samples, run.mesh, max_tokens=cfg.micro_batch_tokens)
+            run.record(step, groups)
+        samples = to_samples(groups, run.credit, cfg) + run.auxiliary(step)
+        parts = mini_batches(samples, cfg.loss.updates_per_batch)
+        batches = [run.exchange(part) for part in parts]
         with gpu.training():
-            stats = run.learner.update(batch)
+            stats = run.learner.update(batches)
         check_mismatch(stats, run.max_mismatch, step)
         with gpu.syncing():
             synced = run.weight_sync(version=step + 1)
-        metrics = step_metrics(run, groups, evaluated) | stats | worst(synced, run.mesh)
+        metrics = step_metrics(run, groups, evaluated) | stats | synced
         telemetry.log(step, metrics, summary(metrics))
     with gpu.generating():
-        last = combine(run.mesh.gather(run.evaluate()))
+        last = of_replicas(run.evaluate(), run.mesh)
     telemetry.log(cfg.num_steps, last, summary(last))
 
 
@@ -84,19 +88,18 @@ def check_mismatch(stats: dict[str, float], bound: float, step: int) -> None:
 
 def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
     """All replicas' rollouts, and this process's time and memory."""
-    sums = rollout_sums(groups, run.cfg.thoughts.delimiter) | evaluated
-    metrics = combine(run.mesh.gather(sums))
+    sums = rollout_sums(groups, run.cfg) | evaluated
+    metrics = of_replicas(sums, run.mesh)
     seconds = run.stopwatch.take()
-    generated = sum(metrics.get(f"tokens/{kind}", 0.0) for kind in ("base", "localize", "suffix"))
+    generated = sum(metrics.get(f"tokens/{kind}", 0.0) for kind in KINDS)
     speed = {"speed/tokens_per_s": generated / seconds["time/step_s"]}
     memory = {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     return metrics | seconds | speed | memory
 
 
-def worst(metrics: dict[str, float], mesh: Mesh) -> dict[str, float]:
-    """The largest value of any rank."""
-    shares = mesh.gather(metrics)
-    return {name: max(share[name] for share in shares) for name in metrics}
+def of_replicas(sums: Sums, mesh: Mesh) -> dict[str, float]:
+    """Metrics of all replicas; the ranks of one replica hold the same sums."""
+    return combine(mesh.gather(sums if mesh.is_leader else {}))
 
 
 def summary(metrics: dict[str, float]) -> str:
@@ -105,7 +108,7 @@ def summary(metrics: dict[str, float]) -> str:
         "reward": metrics.get("reward/mean"),
         "pass": metrics.get("pass_rate/base"),
         "suffix": metrics.get("pass_rate/suffix"),
-        "held-out": next((v for k, v in metrics.items() if k.startswith("eval/")), None),
+        "held-out": next((v for k, v in metrics.items() if "/pass_at_" in k), None),
     }
     words = [f"{name} {value:.2f}" for name, value in shown.items() if value is not None]
     if "speed/tokens_per_s" in metrics:

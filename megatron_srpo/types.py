@@ -218,7 +218,7 @@ class Sample:
     count: float
     """Its share of the global denominator; 0 for an auxiliary loss."""
     turn: int = 0
-    """Of n updates in a step, it belongs to number `turn` modulo n. Equal for a prompt's samples."""
+    """Of n updates in a step, it takes part in number `turn` modulo n."""
 
     def __post_init__(self) -> None:
         freeze_arrays(self)

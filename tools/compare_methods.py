@@ -21,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-METHODS = ("grpo", "rrpo", "srpo")
+METHODS = {"grpo": "none", "rrpo": "random", "srpo": "self"}
+"""name -> algorithm.resets"""
 CONTROL = "control"
 """SRPO with a learning rate of 0: what moves here is noise."""
-GENERATED = ("tokens/base", "tokens/suffix", "tokens/localize")
+GENERATED = tuple(f"tokens/{kind}" for kind in ("base", "seed", "replaced", "localize", "suffix"))
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace, method: str, seed: int) -> str:
     if (run_dir / "hf").is_dir():
         return f"{run_dir.name}: kept"
     shutil.rmtree(run_dir, ignore_errors=True)
-    overrides = [f"algorithm.method={'srpo' if method == CONTROL else method}", f"seed={seed}"]
+    overrides = [f"algorithm.resets={METHODS.get(method, 'self')}", f"seed={seed}"]
     overrides += ["optimizer.lr=0"] if method == CONTROL else []
     command = [sys.executable, "-m", "megatron_srpo", "train", str(arguments.config)]
     command += [*overrides, *arguments.override, f"run_dir={run_dir}"]
@@ -80,7 +81,7 @@ def curve(run_dir: Path) -> dict[str, list[float]]:
         (line["step"], spent[index], value)
         for index, line in enumerate(lines)
         for name, value in line.items()
-        if name.startswith("eval/")
+        if name.startswith("eval/") and name.endswith("/pass_at_1")
     ]
     steps, tokens, passes = (list(column) for column in zip(*points, strict=True))
     return {"step": steps, "tokens": tokens, "pass_at_1": passes}

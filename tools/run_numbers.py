@@ -46,7 +46,7 @@ def main(root: Path) -> None:
     ]
     numbers = {
         "steps": len(steps),
-        "pass_at_1": [v for line in lines for k, v in line.items() if k.startswith("eval/")],
+        "pass_at_1": [v for line in lines for k, v in line.items() if k.endswith("pass_at_1")],
         "export_logits_abs_max": export_difference(folder.hf, sequences),
         **{name: max(measured(steps, name)) for name in LARGEST},
         **{name: statistics.fmean(measured(steps, name)) for name in MEANS},

@@ -1,6 +1,7 @@
 """A deterministic engine without a model: pure logic can be tested and read against it.
 
-It implements `Generator`, `WeightReceiver` and `Tokenizer` over characters: token = code point.
+It implements `Generator`, `Scorer`, `WeightReceiver` and `Tokenizer` over characters: token = code
+point.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from megatron_srpo.protocols import NamedTensors
-from megatron_srpo.types import Completion, Request, Tokens
+from megatron_srpo.types import Completion, Floats, Request, Tokens
 
 EOS = 0
 
@@ -60,6 +61,10 @@ class FakeGenerator:
             num_cached_tokens=0,
             weight_version=self._version,
         )
+
+    def score(self, sequences: Sequence[Tokens]) -> list[Floats]:
+        """-1, -2, ... as if each sequence had been sampled behind its first token."""
+        return [-np.arange(1, len(sequence), dtype=np.float32) for sequence in sequences]
 
     def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
         for _ in named_tensors:

@@ -113,6 +113,34 @@ def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
     }
 
 
+PARITY = """
+from megatron_srpo.types import Score
+
+def parity(prompt, response):
+    is_odd = sum(map(int, filter(str.isdigit, response))) % 2 == 1
+    failure = "ends with a seven" if response.endswith("7") else None
+    return Score(value=float(is_odd), correct=is_odd, failure=failure)
+"""
+
+
+def test_evaluating_the_exported_folder_says_what_the_run_s_last_line_says(folder: Path) -> None:
+    (folder / "parity.py").write_text(PARITY)
+    run = folder / "evaluated"
+    shared = ("eval.num_samples=8", "eval.pass_at=[1,2]", f"reward={folder}/parity.py:parity")
+    arguments = (folder / "config.yaml", *from_warm_start(folder), *shared)
+    finish(start("train", *arguments, "num_steps=1", f"run_dir={run}"))
+    lines = finish(start("eval", *arguments, f"model={run / 'hf'}")).splitlines()
+    (said,) = (json.loads(line) for line in lines if line.startswith("{"))
+    before, after = (
+        {name.rpartition("/")[2]: v for name, v in line.items() if name.startswith("eval/")}
+        for line in metrics(run)
+    )
+    assert after == {name: said[f"eval/held_out/{name}"] for name in after}
+    assert before.keys() == after.keys() and before != after
+    assert 0 < after["pass_at_1"] < after["pass_at_2"] < 1
+    assert after["failure_rate"] > 0
+
+
 def test_wandb_offline_and_tensorboard_are_written_when_asked_for(folder: Path) -> None:
     run = folder / "logged"
     overrides = (f"run_dir={run}", "num_steps=1", "log.wandb=true", "log.tensorboard=true")
@@ -194,7 +222,7 @@ def another_architecture(folder: Path) -> str:
         (lambda folder: "algorithm.num_prompts=25", "24 prompts are fewer than a step's"),
         (lambda folder: "rollout.temprature=1", "did you mean 'rollout.temperature'?"),
         (lambda folder: "localize.template={who}", "localize.template"),
-        (lambda folder: "reward=vibes", "reward='vibes'"),
+        (lambda folder: "reward=vibes", "reward=vibes: must be one of"),
         (set_in_row(prompt=7), "row 3: prompt must be a text or chat messages"),
         (set_in_row(prompt=[{"role": "user"}]), "row 3: prompt must be a text or chat messages"),
         (
@@ -229,7 +257,10 @@ def test_a_world_size_that_does_not_divide_the_prompts_is_refused(tmp_path: Path
     process = start("train", write_small_run(tmp_path), "algorithm.num_prompts=5", processes=2)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "algorithm.num_prompts=5 does not divide over 2 processes" in output
+    assert (
+        "algorithm.num_prompts=5 does not divide over 2 rollout engines x loss.updates_per_batch=1"
+        in output
+    )
     assert not (tmp_path / "run").exists()
 
 

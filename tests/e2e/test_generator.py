@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.hf_folder import read_tensors
-from megatron_srpo.types import Completion, Request
+from megatron_srpo.types import Completion, Request, Tokens
 from tests.tiny import reference_logprobs, write_policy
 
 
@@ -96,12 +98,90 @@ def test_new_weights_are_the_ones_that_sample(
     np.testing.assert_allclose(answer.logprobs, right.detach().numpy(), atol=1e-5)
 
 
+def assert_scores(engine: VllmGenerator, folder: Path, sequences: list[Tokens]) -> None:
+    for sequence, logprobs in zip(sequences, engine.score(sequences), strict=True):
+        right = reference_logprobs(folder, sequence).detach().numpy()
+        assert logprobs.dtype == np.float32
+        np.testing.assert_allclose(logprobs, right, rtol=0, atol=1e-5)
+
+
+def sequences_of(*lengths: int) -> list[Tokens]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, 16, length).astype(np.int32) for length in lengths]
+
+
+def test_scores_are_the_log_probs_at_temperature_1_of_all_tokens_after_the_first(
+    engine: VllmGenerator, policy: Path
+) -> None:
+    several = sequences_of(70, 2, 33, 3, 120, 32, 160)  # 160: as long as the engine can hold
+    assert_scores(engine, policy, [*several, several[0], several[2]])
+
+
+def test_a_sequence_without_a_second_token_has_no_scores(
+    engine: VllmGenerator, policy: Path
+) -> None:
+    one, empty, two = sequences_of(1, 0, 2)
+    assert [len(logprobs) for logprobs in engine.score([one, empty, two, one])] == [0, 0, 1, 0]
+    assert engine.score([]) == []
+
+
+def test_a_sequence_that_the_engine_cannot_hold_is_refused_before_anything_is_asked(
+    engine: VllmGenerator, policy: Path
+) -> None:
+    with pytest.raises(ValueError, match="161 tokens is longer than the engine's 160"):
+        engine.score(sequences_of(8, 161))
+    assert_scores(engine, policy, sequences_of(8))
+
+
+def test_a_sequence_whose_prefix_is_cached_still_gets_all_its_scores(
+    engine: VllmGenerator, policy: Path
+) -> None:
+    long = request("long", length=70)
+    answer = run(engine, long)["long"]
+    assert run(engine, long)["long"].num_cached_tokens == 64
+    assert_scores(engine, policy, [np.concatenate([long.context, answer.token_ids])])
+
+
+def test_scores_follow_the_weights(engine: VllmGenerator, policy: Path, tmp_path: Path) -> None:
+    other, long = write_policy(tmp_path / "other", seed=5), sequences_of(90)
+    assert_scores(engine, policy, long)
+    engine.load_weights(_stream(other), version=1)
+    assert_scores(engine, other, long)
+    engine.load_weights(_stream(policy), version=0)
+    assert_scores(engine, policy, long)
+
+
+def test_a_nucleus_leaves_out_unlikely_tokens_and_its_log_probs_are_renormalised(
+    engine: VllmGenerator, policy: Path
+) -> None:
+    asked = [replace(request(f"r{i}", seed=i, temperature=1.0), top_p=0.5) for i in range(8)]
+    answers = run(engine, *asked)
+    for one in asked:
+        answer = answers[one.id]
+        whole = np.concatenate([one.context, answer.token_ids])
+        probs = reference_probs(policy, whole)[len(one.context) - 1 : -1]
+        for token, logprob, row in zip(answer.token_ids, answer.logprobs, probs, strict=True):
+            order = np.argsort(-row)
+            num_kept = int(np.searchsorted(np.cumsum(row[order]), 0.5)) + 1
+            assert token in order[:num_kept]
+            expected = np.log(row[token] / row[order[:num_kept]].sum())
+            assert logprob == pytest.approx(expected, abs=1e-5)
+
+
 def test_the_trainer_s_random_numbers_do_not_notice_the_engine(engine: VllmGenerator) -> None:
     torch.manual_seed(0)
     untouched = torch.rand(3)
     torch.manual_seed(0)
     run(engine, request("r", seed=4))
+    engine.score(sequences_of(20))
     assert torch.equal(torch.rand(3), untouched)
+
+
+def reference_probs(folder: Path, tokens: Tokens) -> np.ndarray:
+    """[T, V] in float64, of the token behind each prefix."""
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].softmax(-1).numpy()
 
 
 def _stream(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,11 +8,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.assembly import assemble
+from megatron_srpo.config import RolloutConfig, load_config
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import tensor_shapes
+from megatron_srpo.inputs import read_inputs
+from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.telemetry import Telemetry
+from megatron_srpo.train import loop
 from megatron_srpo.types import AlarmError, Request
 from megatron_srpo.weight_sync import WeightSync
 from tests.parallel.jobs import build_learner, own_share
@@ -87,3 +92,27 @@ def synced(mesh: Mesh, policy: Path, stale_on: int | None) -> dict[str, Any]:
         return found | {"replica": mesh.replica}
 
     return with_engine(mesh, policy, work)
+
+
+def trained(mesh: Mesh, config: Path, run_dir: Path, replay: Path | None) -> dict[str, Any]:
+    """A whole run, its loop and its evaluation; rank 0's metrics of each step."""
+    overrides = [
+        f"run_dir={run_dir}", f"parallel.tp={mesh.tp_size}", f"parallel.pp={mesh.pp_size}",
+        f"rollout.tp={mesh.world_size // mesh.num_replicas}",
+    ]  # fmt: skip
+    cfg = load_config(config, overrides)
+    inputs = read_inputs(cfg, num_processes=mesh.world_size, replay=replay)
+    run = assemble(cfg, inputs, mesh, replay)
+    if mesh.rank == 0:
+        RunFolder(run_dir).create(cfg)
+    mesh.gather(None)
+    folder = RunFolder(run_dir) if mesh.rank == 0 else None
+    try:
+        with Telemetry(
+            folder, cfg.log, name="", num_steps=cfg.num_steps, stopwatch=run.stopwatch
+        ) as telemetry:
+            loop(run, telemetry)
+        return {name: tensor.clone() for name, tensor in run.learner.export()}
+    finally:
+        mesh.gather(None)
+        run.engine.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.e2e.small_run import write_small_run
 from tests.parallel import engine_jobs
 from tests.parallel.pool import Pool
 
@@ -42,3 +44,17 @@ def test_one_replica_s_stale_cache_stops_all_ranks(pool: Pool, policy: Path, sta
     ranks = pool.run(2, engine_jobs.synced, policy, stale_on)
     (alarm,) = {rank["alarm"] for rank in ranks}
     assert alarm is not None and alarm.startswith("after weight sync 1")
+
+
+@pytest.mark.parametrize(("num", "tp", "pp", "rollout_tp"), [(2, 2, 1, 1), (4, 2, 2, 2)])
+def test_a_run_replayed_on_another_layout_trains_the_same_policy(
+    pool: Pool, tmp_path: Path, num: int, tp: int, pp: int, rollout_tp: int
+) -> None:
+    config = write_small_run(tmp_path)
+    layout = {"tp": tp, "pp": pp, "rollout_tp": rollout_tp}
+    live, *others = pool.run(num, engine_jobs.trained, config, tmp_path / "live", None, **layout)
+    assert all(torch.equal(rank[name], live[name]) for rank in others for name in live)
+    (replayed,) = pool.run(1, engine_jobs.trained, config, tmp_path / "replayed", tmp_path / "live")
+    off = max(float((replayed[name] - live[name]).abs().max()) for name in live)
+    print(f"\nparameters after a replay on one process off by {off:.1e}")
+    assert off < 1e-5

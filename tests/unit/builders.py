@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_srpo.algorithm import Roles, collect_groups
+from megatron_srpo.advantages import GroupNormalized
+from megatron_srpo.algorithm import collect_groups, to_samples
 from megatron_srpo.config import Config
 from megatron_srpo.engines.fake import EOS, CharTokenizer, FakeGenerator
 from megatron_srpo.protocols import Reward
-from megatron_srpo.resets import reset_rule
+from megatron_srpo.resets import RULES
 from megatron_srpo.rewards import last_line
+from megatron_srpo.rollouts import Roles
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.thoughts import split_thoughts
 from megatron_srpo.types import Group, Prompt, Request, Reset, Rollout, Sample, Score
@@ -27,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "model",
     "reward": "last_line",
     "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_prompt_tokens": 8},
-    "algorithm": {"method": "srpo", "num_prompts": 2, "num_rollouts": 8, "split": "1x4"},
+    "algorithm": {"resets": "self", "num_prompts": 2, "num_rollouts": 8, "split": "1x4"},
     "thoughts": {"delimiter": "\n", "max_tokens": 4},
     "localize": {"template": "{prompt}{response}?", "max_tokens": 16},
     "rollout": {"max_response_tokens": 24, "max_model_len": 128},
@@ -35,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def config(**overrides: Any) -> Config:
-    """Sections are merged into the defaults: `config(algorithm={"method": "grpo"})`."""
+    """Sections are merged into the defaults: `config(algorithm={"resets": "none"})`."""
     merged = DEFAULTS | {
         key: DEFAULTS.get(key, {}) | value if isinstance(value, dict) else value
         for key, value in overrides.items()
@@ -83,8 +85,8 @@ def rollout(
     )
 
 
-def group(*rollouts: Rollout, reset: Reset | None = None) -> Group:
-    return Group(prompt=rollouts[0].prompt, rollouts=rollouts, reset=reset)
+def group(*rollouts: Rollout, resets: tuple[Reset, ...] = (), **fields: Any) -> Group:
+    return Group(prompt=rollouts[0].prompt, rollouts=rollouts, resets=resets, **fields)
 
 
 def rewarded(*rewards: float, text: str = "abc") -> Group:
@@ -105,24 +107,17 @@ def sample(id: str, tokens: Sequence[int], **fields: Any) -> Sample:
 
 
 def scripted(answers: Mapping[str, str], *, run_seed: int = 0) -> FakeGenerator:
-    """Answers by name: "step/prompt/stage/index", or "step/prompt/localize" for the question.
+    """Answers by name: "step/prompt/stage/index", or a seed's name and "/localize".
 
     The names become seeds as DESIGN says, so a request with another seed has no answer.
     """
     by_draw = {
-        random.Random(_seed_of(name, run_seed)).random(): text for name, text in answers.items()
+        random.Random(counter_seed(run_seed, name)).random(): text for name, text in answers.items()
     }
     return FakeGenerator(lambda context, rng: by_draw[rng.random()])
 
 
-def _seed_of(name: str, run_seed: int) -> int:
-    step, prompt_id, stage, *_ = name.split("/")
-    if stage == "localize":
-        return counter_seed(run_seed, int(step), prompt_id, "localize", 0)
-    return counter_seed(run_seed, name)
-
-
-def responses(stage: str, *texts: str, id: str = "p", step: int = 0) -> dict[str, str]:
+def responses(stage: str, *texts: str, id: str = "p", step: int | str = 0) -> dict[str, str]:
     """Names for `scripted`: one text per index of a stage."""
     return {f"{step}/{id}/{stage}/{index}": text for index, text in enumerate(texts)}
 
@@ -136,9 +131,15 @@ def collect(
 ) -> list[Group]:
     """One step with the rule that the config names."""
     cfg = cfg or config()
-    rule = reset_rule(cfg, TOKENIZER)
+    rule = RULES[cfg.algorithm.resets](cfg, TOKENIZER)
     roles = Roles(generator=generator, tokenizer=TOKENIZER, reward=reward, rule=rule)
     return collect_groups(prompts or [prompt()], step=step, roles=roles, cfg=cfg)
+
+
+def samples_of(groups: Sequence[Group], cfg: Config | None = None) -> list[Sample]:
+    """With the group-normalised credit that the config describes."""
+    cfg = cfg or config()
+    return to_samples(groups, GroupNormalized(cfg), cfg)
 
 
 def text_of(token_ids: Any) -> str:

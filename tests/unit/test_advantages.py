@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_srpo.advantages import GroupNormalized
-from megatron_srpo.types import Group
-from tests.unit.builders import group, rewarded, rollout
+from megatron_srpo.advantages import GroupNormalized, credited
+from megatron_srpo.types import Floats, Group, InputError
+from tests.unit.builders import config, group, rewarded, rollout
 
 VALUES = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))
 
 
-def advantages(of: Group) -> list[float]:
+def advantages(of: Group, **credit: str) -> list[float]:
     """One per rollout, read at its last token."""
-    (credits,) = GroupNormalized().assign([of])
+    (credits,) = GroupNormalized(config(credit=credit)).assign([of])
     return [float(advantage[-1]) for _, advantage in credits]
 
 
@@ -54,14 +55,14 @@ def test_a_group_without_signal_gets_exactly_zero(reward: float):
 
 def test_each_group_is_measured_against_itself_alone():
     right, mixed = rewarded(1, 1, 1), rewarded(1, 0)
-    first, second = GroupNormalized().assign([right, mixed])
+    first, second = GroupNormalized(config()).assign([right, mixed])
     assert [float(advantage[0]) for _, advantage in first] == [0, 0, 0]
     assert [float(advantage[0]) for _, advantage in second] == [1, -1]
 
 
 def test_weights_are_one_over_the_number_of_own_tokens_and_zero_on_the_copied_prefix():
     whole, continued = rollout("abc", reward=1.0), rollout("abcde", num_copied=2)
-    (((weight, advantage), (own_weight, own_advantage)),) = GroupNormalized().assign(
+    (((weight, advantage), (own_weight, own_advantage)),) = GroupNormalized(config()).assign(
         [group(whole, continued)]
     )
     assert weight.tolist() == [0.25] * 4
@@ -76,7 +77,7 @@ def test_a_reward_that_failed_is_no_reward_of_zero():
     assert advantages(group(right, failed, wrong, right)) == pytest.approx(
         [0.5**0.5, 0, -(2**0.5), 0.5**0.5], rel=1e-6
     )
-    ((_, (weight, advantage), _, _),) = GroupNormalized().assign(
+    ((_, (weight, advantage), _, _),) = GroupNormalized(config()).assign(
         [group(right, failed, wrong, right)]
     )
     assert weight.tolist() == advantage.tolist() == [0] * 4
@@ -84,7 +85,7 @@ def test_a_reward_that_failed_is_no_reward_of_zero():
 
 def test_a_group_of_failed_rewards_only_has_no_weight_and_no_nan():
     failed = rollout("ab", failure="timeout")
-    for weight, advantage in GroupNormalized().assign([group(failed, failed)])[0]:
+    for weight, advantage in GroupNormalized(config()).assign([group(failed, failed)])[0]:
         assert weight.tolist() == advantage.tolist() == [0, 0, 0]
 
 
@@ -104,3 +105,73 @@ def test_shifting_and_scaling_rewards_changes_no_advantage(
         np.testing.assert_allclose(
             advantages(rewarded(*moved)), advantages(rewarded(*rewards)), atol=1e-4
         )
+
+
+# --- other conventions --------------------------------------------------------------------------
+
+
+def test_the_sample_std_is_the_one_with_a_degree_of_freedom_less():
+    # Mean 1/4, sample variance (9 + 1 + 1 + 1)/16/3 = 1/4.
+    assert advantages(rewarded(1, 0, 0, 0), std="sample") == pytest.approx([1.5, -0.5, -0.5, -0.5])
+
+
+def test_without_a_std_the_advantage_is_the_difference_itself():
+    assert advantages(rewarded(0, 1, 2, 5), std="none") == [-2, -1, 0, 3]
+
+
+def test_leaving_one_out_compares_with_the_mean_of_the_others():
+    # 0 against (1 + 2 + 5)/3, 1 against 7/3, 2 against 2, 5 against 1.
+    found = advantages(rewarded(0, 1, 2, 5), baseline="leave_one_out", std="none")
+    assert found == pytest.approx([-8 / 3, -4 / 3, 0, 4])
+
+
+def test_leaving_one_out_keeps_the_std_of_all():
+    # 0 1: against each other -1 and 1, over the population std 1/2.
+    assert advantages(rewarded(0, 1), baseline="leave_one_out") == pytest.approx([-2, 2])
+
+
+def test_a_group_of_one_has_no_advantage_by_any_convention():
+    for baseline in ("mean", "leave_one_out"):
+        for std in ("population", "sample", "none"):
+            assert advantages(rewarded(1), baseline=baseline, std=std) == [0]
+
+
+def test_token_means_give_every_own_token_the_same_weight():
+    whole, continued = rollout("abc", reward=1.0), rollout("abcde", num_copied=2)
+    rule = GroupNormalized(config(credit={"aggregation": "token_mean"}))
+    (((weight, _), (own_weight, _)),) = rule.assign([group(whole, continued)])
+    assert weight.tolist() == [1] * 4
+    assert own_weight.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+# --- a rule of the user's -----------------------------------------------------------------------
+
+
+class Constant:
+    """Credit 1 with this weight on every token, or on one token fewer."""
+
+    def __init__(self, weight: float, *, short: bool = False) -> None:
+        self._weight, self._short = weight, short
+
+    def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
+        return [[self._credit(len(r.token_ids)) for r in g.rollouts] for g in groups]
+
+    def _credit(self, length: int) -> tuple[Floats, Floats]:
+        ones = np.ones(length - self._short, np.float32)
+        return ones * np.float32(self._weight), ones
+
+
+def test_a_rule_sees_only_the_groups_that_are_trained():
+    trained, seeds = rewarded(1, 0), group(rollout("abc"), use="seeds")
+    found = [(r.id, weight.tolist()) for r, weight, _ in credited([seeds, trained], Constant(0.5))]
+    assert found == [("r0", [0.5] * 4), ("r1", [0.5] * 4)]
+
+
+def test_credit_that_does_not_fit_a_response_is_refused():
+    with pytest.raises(InputError, match="each as long as the response"):
+        [*credited([rewarded(1, 0)], Constant(1.0, short=True))]
+
+
+def test_credit_that_is_not_finite_is_refused_by_name():
+    with pytest.raises(InputError, match="the credit rule's answer for r0 is not finite"):
+        [*credited([rewarded(1, 0)], Constant(float("nan")))]

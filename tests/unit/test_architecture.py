@@ -15,15 +15,19 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
     "types protocols config seeding environment run_folder",
-    "algorithm resets advantages thoughts localize rewards data tokenizer hf_folder batching "
-    "loss metrics stopwatch",
+    "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
+    "tokenizer hf_folder batching loss metrics stopwatch",
     "engines",
-    "journal weight_sync colocation telemetry evaluate exchange replica export inputs sft assembly train",
+    "journal weight_sync colocation telemetry evaluate evaluate_model exchange replica export inputs sft "
+    "assembly train",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
-PURE = ("types", "protocols", "algorithm", "resets", "advantages", "thoughts", "localize")
+PURE = (
+    "types", "protocols", "algorithm", "draws", "rollouts", "resets", "advantages", "thoughts",
+    "localize",
+)  # fmt: skip
 HEAVY = ("torch", "megatron", "vllm", "transformers", "datasets")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -80,16 +80,19 @@ def test_a_dumped_config_writes_every_default_out(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "method, num_rollouts, split, num_base, num_suffixes",
-    [("srpo", 8, "1x4", 4, 4), ("rrpo", 8, "1x7", 1, 7), ("grpo", 8, "1x4", 8, 0)],
+    "resets, num_rollouts, split, shape",
+    [
+        ("self", 8, "1x4", (4, 1, 4)),
+        ("random", 8, "1x7", (1, 1, 7)),
+        ("self", 12, "2x3", (6, 2, 3)),
+        ("none", 8, "1x4", (8, 0, 4)),
+    ],
 )
 def test_the_split_divides_the_rollouts(
-    method: str, num_rollouts: int, split: str, num_base: int, num_suffixes: int
+    resets: str, num_rollouts: int, split: str, shape: tuple[int, int, int]
 ):
-    cfg = AlgorithmConfig.model_validate(
-        {"method": method, "num_rollouts": num_rollouts, "split": split}
-    )
-    assert (cfg.num_base, cfg.num_suffixes) == (num_base, num_suffixes)
+    cfg = AlgorithmConfig(resets=resets, num_rollouts=num_rollouts, split=split)
+    assert (cfg.num_base, cfg.num_seeds, cfg.num_suffixes) == shape
 
 
 # --- wrong ones ----------------------------------------------------------------------------------
@@ -131,8 +134,8 @@ def test_a_key_like_no_other_is_refused_without_a_guess(tmp_path: Path):
         ("num_steps=1.5", "num_steps=1.5: Input should be a valid integer"),
         ("algorithm.num_prompts=0", "algorithm.num_prompts=0: Input should be greater than 0"),
         ("algorithm.num_rollouts=-8", "algorithm.num_rollouts=-8: Input should be greater than 0"),
-        ("algorithm.method=ppo", "algorithm.method='ppo': Input should be 'grpo', 'rrpo'"),
-        ("algorithm.split=4x1", "algorithm.split='4x1': String should match"),
+        ("algorithm.seeds=first", "algorithm.seeds='first': Input should be 'in_group' or"),
+        ("algorithm.split=4x", "algorithm.split='4x': String should match"),
         ("algorithm.split=1x0", "algorithm.split='1x0': String should match"),
         ("rollout.temperature=0", "rollout.temperature=0: Input should be greater than 0"),
         ("rollout.temperature=nan", "rollout.temperature='nan': Input should be"),
@@ -155,24 +158,37 @@ def test_a_bad_value_gets_one_line_with_its_name_and_value(
     assert refusal(tmp_path, override).startswith(message)
 
 
-@pytest.mark.parametrize("num_rollouts, split", [(4, "1x4"), (1, "1x1"), (8, "1x9")])
-def test_a_split_that_leaves_no_fresh_rollout_says_how_many_are_needed(
-    tmp_path: Path, num_rollouts: int, split: str
+@pytest.mark.parametrize(
+    "num_rollouts, split, seeds, message",
+    [
+        (7, "2x4", "extra_draws", "num_rollouts=7 does not fit split=2x4, which alone makes 8"),
+        (8, "1x9", "in_group", "num_rollouts=8 does not fit split=1x9, which alone makes 9"),
+        (
+            8,
+            "2x4",
+            "in_group",
+            "num_rollouts=8 with split=2x4 has 0 base rollouts and needs 2 failed ones among "
+            "them; give more num_rollouts, or seeds=extra_draws",
+        ),
+        (
+            16,
+            "1x4",
+            "extra_draws",
+            "max_draws=12 is less than the 12 base rollouts and 1 seeds that are drawn",
+        ),
+    ],
+)
+def test_a_shape_that_cannot_be_drawn_says_why(
+    tmp_path: Path, num_rollouts: int, split: str, seeds: str, message: str
 ):
-    num_suffixes = int(split[2:])
-    message = refusal(
-        tmp_path, f"algorithm.num_rollouts={num_rollouts}", f"algorithm.split={split}"
-    )
-    assert message == (
-        f"algorithm: num_rollouts={num_rollouts} does not fit split={split}: {num_suffixes} "
-        f"suffixes need at least {num_suffixes + 1} rollouts, since the seed is one of the fresh "
-        "ones"
-    )
+    overrides = [f"num_rollouts={num_rollouts}", f"split={split}", f"seeds={seeds}"]
+    assert refusal(tmp_path, *(f"algorithm.{o}" for o in overrides)) == f"algorithm: {message}"
 
 
-def test_grpo_needs_no_room_for_suffixes(tmp_path: Path):
-    overrides = ["algorithm.method=grpo", "algorithm.num_rollouts=1"]
-    assert load_config(written(tmp_path), overrides).algorithm.num_base == 1
+def test_without_resets_no_shape_is_too_small(tmp_path: Path):
+    overrides = ["resets=none", "num_rollouts=1", "seeds=extra_draws", "max_draws=1"]
+    cfg = load_config(written(tmp_path), [f"algorithm.{override}" for override in overrides])
+    assert (cfg.algorithm.num_base, cfg.algorithm.num_seeds) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,7 @@ def test_grpo_needs_no_room_for_suffixes(tmp_path: Path):
             "rollout.max_response_tokens=24",
         ),
         ("optimizer.min_lr=1", "optimizer: min_lr=1.0 is larger than lr=1e-06"),
+        ("eval.pass_at=[4]", "eval: pass_at=[4] needs one k at least, none above num_samples=1"),
     ],
 )
 def test_values_that_do_not_fit_each_other_name_both(tmp_path: Path, override: str, message: str):
@@ -248,7 +265,7 @@ def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path):
 
 
 def test_the_config_stays_on_one_page():
-    assert len([*field_names()]) <= 80
+    assert len([*field_names()]) <= 100
 
 
 # --- every field is read -------------------------------------------------------------------------
@@ -397,7 +414,7 @@ def test_a_field_that_nothing_reads_would_be_found():
         ("evaluate.py", {"eval.temperature"}),
         ("localize.py", {"localize.template", "localize.chat"}),
         ("telemetry.py", {"log.wandb", "log.wandb_project", "log.tensorboard"}),
-        ("algorithm.py", {"algorithm.split"}),
+        ("algorithm.py", {"algorithm.reset_offset", "algorithm.max_redraws"}),
         ("sft.py", {"sft.num_steps"}),
         ("inputs.py", {"sft.data", "retention.data"}),
     ],

@@ -42,7 +42,7 @@ def step_of(id: str) -> list[Group]:
         num_cached_tokens=6,
         moved_from=2,
     )
-    suffix = group(rollout("1234\n1", id=f"{id}/s", of=asked, num_copied=4), reset=reset)
+    suffix = group(rollout("1234\n1", id=f"{id}/s", of=asked, num_copied=4), resets=(reset,))
     return [base, suffix]
 
 

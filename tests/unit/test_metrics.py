@@ -6,7 +6,7 @@ import pytest
 
 from megatron_srpo.metrics import combine, rollout_sums
 from megatron_srpo.types import Group, Reset, Rollout
-from tests.unit.builders import group, prompt, rollout
+from tests.unit.builders import config, group, prompt, rollout
 
 KNOWN = prompt(id="k", solution=("5", "8", "1"))
 
@@ -19,9 +19,9 @@ def step() -> list[Group]:
         seed_id="k1", thought=1, cause="named", num_tokens=10, num_cached_tokens=20, moved_from=2
     )
     suffix = group(
-        rollout("5\n1", id="s0", of=KNOWN, num_copied=2, reward=1.0),
-        rollout("5\n9999", id="s1", of=KNOWN, num_copied=2, finish_reason="length"),
-        reset=reset,
+        rollout("5\n1", id="s0", of=KNOWN, num_copied=2, seed_id="k1", reward=1.0),
+        rollout("5\n9999", id="s1", of=KNOWN, num_copied=2, seed_id="k1", finish_reason="length"),
+        resets=(reset,),
     )
     other = prompt(id="o")
     fresh = group(
@@ -33,7 +33,7 @@ def step() -> list[Group]:
 
 
 def test_every_metric_of_a_step_is_the_one_counted_by_hand():
-    metrics = combine([rollout_sums(step(), "\n")])
+    metrics = combine([rollout_sums(step(), config())])
     assert metrics == pytest.approx(
         {
             # Own tokens, ends of sequence included: 4 + 6, 2 + 2 + 2; and 2 + 5.
@@ -57,6 +57,10 @@ def test_every_metric_of_a_step_is_the_one_counted_by_hand():
             "reset/depth_frac_mean": 1 / 3,
             "reset/empty_prefix_rate": 0,
             "reset/moved_rate": 1,
+            "reset/moved_by_mean": 1,
+            "reset/skipped_rate": 0,
+            "group/num_mean": 3 / 2,
+            "group/redrawn_rate": 0,
             "localize/parse_failed_rate": 0,
             "localize/no_error_rate": 0,
             "localize/too_long_rate": 0,
@@ -72,10 +76,10 @@ def test_every_metric_of_a_step_is_the_one_counted_by_hand():
 
 def reset_metrics(thought: int, cause: str = "named") -> dict[str, float]:
     """Of one merged group whose seed 5 6 2 goes wrong in thought 1."""
-    reset = Reset(seed_id="k1", thought=thought, cause=cause)  # type: ignore[arg-type]
+    reset = Reset(seed_id="k1", thought=thought, cause=cause)
     seed = rollout("5\n6\n2", id="k1", of=KNOWN)
-    right = rollout("5\n1", id="s0", of=KNOWN, stage="suffix", reward=1.0)
-    return combine([rollout_sums([group(seed, right, reset=reset)], "\n")])
+    right = rollout("5\n1", id="s0", of=KNOWN, stage="suffix", seed_id="k1", reward=1.0)
+    return combine([rollout_sums([group(seed, right, resets=(reset,))], config())])
 
 
 def test_a_reset_to_before_the_first_error_is_clean_without_being_exact():
@@ -106,19 +110,21 @@ def test_answers_that_name_no_thought_are_counted_by_cause(
 def test_nothing_is_said_of_localization_where_the_task_does_not_know_the_truth():
     seed = rollout("5\n6", id="seed")
     reset = Reset(seed_id="seed", thought=0, cause="unparsed")
-    metrics = combine([rollout_sums([group(seed, reset=reset)], "\n")])
+    metrics = combine([rollout_sums([group(seed, resets=(reset,))], config())])
     assert not {"localize/exact_rate", "localize/clean_rate"} & set(metrics)
 
 
 def test_cut_thoughts_are_counted_among_all_thoughts():
     cut = rollout("12345\n6")
     assert [thought.was_cut for thought in cut.thoughts] == [True, False, False]
-    assert combine([rollout_sums([group(cut)], "\n")])["thought/cut_rate"] == pytest.approx(1 / 3)
+    assert combine([rollout_sums([group(cut)], config())])["thought/cut_rate"] == pytest.approx(
+        1 / 3
+    )
 
 
 def test_a_failed_reward_is_in_no_mean():
     failed = rollout("x", id="f", failure="timeout")
-    metrics = combine([rollout_sums([group(rollout("1", reward=1.0), failed)], "\n")])
+    metrics = combine([rollout_sums([group(rollout("1", reward=1.0), failed)], config())])
     assert metrics["reward/failure_rate"] == 0.5
     assert metrics["reward/mean"] == metrics["reward/base_mean"] == metrics["pass_rate/base"] == 1
     assert metrics["group/zero_signal_rate"] == 1
@@ -126,8 +132,8 @@ def test_a_failed_reward_is_in_no_mean():
 
 def test_replicas_add_up_to_the_metrics_of_all_their_groups():
     base, suffix, fresh = step()
-    whole = combine([rollout_sums([base, suffix, fresh], "\n")])
-    parts = [rollout_sums([fresh], "\n"), rollout_sums([base, suffix], "\n")]
+    whole = combine([rollout_sums([base, suffix, fresh], config())])
+    parts = [rollout_sums([fresh], config()), rollout_sums([base, suffix], config())]
     assert combine(parts) == pytest.approx(whole, rel=1e-12)
 
 
@@ -139,6 +145,6 @@ def test_quotients_are_divided_after_they_are_added():
 
 def test_a_step_without_resets_says_so():
     rollouts: list[Rollout] = [rollout("1", reward=1.0), rollout("2")]
-    metrics = combine([rollout_sums([group(*rollouts)], "\n")])
+    metrics = combine([rollout_sums([group(*rollouts)], config())])
     assert metrics["reset/seed_found_rate"] == 0
     assert "reset/thought_index_mean" not in metrics

@@ -8,59 +8,61 @@ import pytest
 
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.resets import (
+    RULES,
+    DepthMatchedReset,
     OracleReset,
     RandomReset,
     SelfReset,
+    checked,
     first_wrong_thought,
-    reset_rule,
 )
 from megatron_srpo.seeding import counter_seed
-from megatron_srpo.types import Rollout
+from megatron_srpo.types import InputError, Reset, Rollout
 from tests.unit.builders import TOKENIZER, config, prompt, rollout, text_of
 
 SILENT = FakeGenerator(lambda context, rng: "")
 
 
-def seeds(*texts: str) -> list[Rollout]:
+def seeds(*texts: str, step: int = 0) -> list[Rollout]:
     """Failed rollouts of different prompts a, b, c, ..."""
     return [
-        rollout(text, id=f"0/{letter}/base/0", of=prompt(f"{letter}=", id=letter))
+        rollout(text, id=f"{step}/{letter}/base/0", of=prompt(f"{letter}=", id=letter))
         for letter, text in zip("abcdefgh", texts, strict=False)
     ]
 
 
+def random_thought(seed: Rollout, run_seed: int = 0) -> int | None:
+    (reset,) = RandomReset(config(seed=run_seed), TOKENIZER).choose([seed], SILENT)
+    return reset.thought
+
+
 def test_random_resets_are_uniform_over_all_thoughts_first_and_last_included():
-    rule = RandomReset(run_seed=0)
-    (seed,) = seeds("1\n2\n3\n4")
-    counts = Counter(rule.choose([seed], SILENT, step)[0].thought for step in range(4000))
-    assert sorted(counts) == [0, 1, 2, 3]
+    counts = Counter(random_thought(*seeds("1\n2\n3\n4", step=step)) for step in range(4000))
+    assert sorted(counts) == [0, 1, 2, 3]  # type: ignore[type-var]
     # 1000 expected each, standard deviation 27.
     assert all(abs(count - 1000) < 110 for count in counts.values())
 
 
 def test_a_random_reset_does_not_depend_on_its_neighbours():
-    rule = RandomReset(run_seed=3)
-    all_seeds = seeds("1\n2\n3\n4\n5\n6", "1\n2\n3\n4\n5\n6", "1\n2\n3\n4\n5\n6", "1\n2")
+    rule = RandomReset(config(seed=3), TOKENIZER)
     for step in range(20):
-        together = rule.choose(all_seeds, SILENT, step)
-        alone = [rule.choose([seed], SILENT, step)[0] for seed in all_seeds]
-        assert together == alone
+        many = seeds("1\n2\n3\n4\n5\n6", "1\n2\n3\n4\n5\n6", "1\n2\n3\n4\n5\n6", "1\n2", step=step)
+        alone = [rule.choose([seed], SILENT)[0] for seed in many]
+        assert rule.choose(many, SILENT) == alone
 
 
 def test_random_resets_of_different_prompts_steps_and_runs_are_drawn_apart():
-    a, b = seeds("1\n2\n3\n4\n5\n6\n7\n8", "1\n2\n3\n4\n5\n6\n7\n8")
+    def thoughts(run_seed: int, which: int) -> list[int | None]:
+        both = [seeds(*["1\n2\n3\n4\n5\n6\n7\n8"] * 2, step=step) for step in range(30)]
+        return [random_thought(two[which], run_seed) for two in both]
 
-    def thoughts(run_seed: int, seed: Rollout) -> list[int]:
-        rule = RandomReset(run_seed=run_seed)
-        return [rule.choose([seed], SILENT, step)[0].thought for step in range(30)]
-
-    assert thoughts(0, a) == thoughts(0, a)
-    assert len({tuple(thoughts(0, a)), tuple(thoughts(0, b)), tuple(thoughts(1, a))}) == 3
-    assert len(set(thoughts(0, a))) > 1
+    assert thoughts(0, 0) == thoughts(0, 0)
+    assert len({tuple(thoughts(0, 0)), tuple(thoughts(0, 1)), tuple(thoughts(1, 0))}) == 3
+    assert len(set(thoughts(0, 0))) > 1
 
 
 def test_a_random_reset_says_so_and_costs_no_tokens():
-    (reset,) = RandomReset(run_seed=0).choose(seeds("1\n2"), SILENT, 0)
+    (reset,) = RandomReset(config(), TOKENIZER).choose(seeds("1\n2"), SILENT)
     assert (reset.seed_id, reset.cause, reset.num_tokens, reset.answer) == (
         "0/a/base/0",
         "random",
@@ -78,8 +80,8 @@ def test_the_policys_answers_reach_their_own_seeds_though_short_ones_finish_firs
     }
     generator = FakeGenerator(lambda context, rng: replies[context[:2]])
     cfg = config(localize={"max_tokens": 64})
-    rule = SelfReset(tokenizer=TOKENIZER, cfg=cfg)
-    resets = rule.choose(seeds("1\n2\n3", "1\n2", "4", "5\n6"), generator, 0)
+    rule = SelfReset(cfg, TOKENIZER)
+    resets = rule.choose(seeds("1\n2\n3", "1\n2", "4", "5\n6"), generator)
     assert [(r.seed_id, r.thought, r.cause) for r in resets] == [
         ("0/a/base/0", 2, "named"),
         ("0/b/base/0", 0, "unparsed"),
@@ -94,12 +96,12 @@ def test_the_policys_answers_reach_their_own_seeds_though_short_ones_finish_firs
 def test_a_localization_request_has_its_own_purpose_limit_temperature_and_seed():
     cfg = config(seed=5, localize={"max_tokens": 7, "temperature": 0.25})
     generator = FakeGenerator(lambda context, rng: "1")
-    SelfReset(tokenizer=TOKENIZER, cfg=cfg).choose(seeds("1\n2", "3"), generator, 9)
+    SelfReset(cfg, TOKENIZER).choose(seeds("1\n2", "3", step=9), generator)
     (batch,) = generator.seen
     assert [text_of(request.context) for request in batch] == ["a=1\n2?", "b=3?"]
     assert [request.seed for request in batch] == [
-        counter_seed(5, 9, "a", "localize", 0),
-        counter_seed(5, 9, "b", "localize", 0),
+        counter_seed(5, "9/a/base/0/localize"),
+        counter_seed(5, "9/b/base/0/localize"),
     ]
     assert {(r.purpose, r.max_tokens, r.temperature) for r in batch} == {("localize", 7, 0.25)}
 
@@ -110,7 +112,7 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_not_asked_and_restarts
     )
     generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
     long = "\n".join("1" * 12)  # the question has 69 characters, the other one 9
-    resets = SelfReset(tokenizer=TOKENIZER, cfg=cfg).choose(seeds(long, "1\n2"), generator, 0)
+    resets = SelfReset(cfg, TOKENIZER).choose(seeds(long, "1\n2"), generator)
     assert [(r.thought, r.cause) for r in resets] == [(0, "too_long"), (1, "named")]
     assert [len(batch) for batch in generator.seen] == [1]
 
@@ -118,7 +120,7 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_not_asked_and_restarts
 def test_the_configs_parser_reads_the_answer():
     cfg = config(localize={"parser": "verdicts", "max_tokens": 64})
     generator = FakeGenerator(lambda context, rng: r"++- \boxed{1}")
-    (reset,) = SelfReset(tokenizer=TOKENIZER, cfg=cfg).choose(seeds("1\n2\n3"), generator, 0)
+    (reset,) = SelfReset(cfg, TOKENIZER).choose(seeds("1\n2\n3"), generator)
     assert (reset.thought, reset.cause) == (2, "named")
 
 
@@ -143,7 +145,7 @@ def test_the_first_wrong_thought_is_the_first_that_differs_from_the_solution(
 def test_the_oracle_blames_the_first_wrong_thought_of_each_seed():
     known = prompt(solution=("1", "2", "3"))
     failed = [rollout("1\n2\n4", id="x", of=known), rollout("1\n3\n3", id="y", of=known)]
-    resets = OracleReset(delimiter="\n").choose(failed, SILENT, 0)
+    resets = OracleReset(config(), TOKENIZER).choose(failed, SILENT)
     assert [(r.seed_id, r.thought, r.cause) for r in resets] == [
         ("x", 2, "oracle"),
         ("y", 1, "oracle"),
@@ -152,13 +154,84 @@ def test_the_oracle_blames_the_first_wrong_thought_of_each_seed():
 
 def test_the_oracle_refuses_a_task_without_a_solution():
     with pytest.raises(AssertionError, match="p: the oracle needs a `solution`"):
-        OracleReset(delimiter="\n").choose([rollout("1")], SILENT, 0)
+        OracleReset(config(), TOKENIZER).choose([rollout("1")], SILENT)
 
 
-def test_the_method_chooses_the_rule():
-    def rule(method: str) -> object:
-        return reset_rule(config(seed=4, algorithm={"method": method}), TOKENIZER)
+def test_the_config_names_the_rule():
+    assert {
+        "none": RandomReset,  # never asked
+        "random": RandomReset,
+        "self": SelfReset,
+        "oracle": OracleReset,
+        "depth_matched": DepthMatchedReset,
+    } == RULES
 
-    assert rule("rrpo") == RandomReset(run_seed=4)
-    assert rule("oracle") == OracleReset(delimiter="\n")
-    assert isinstance(rule("srpo"), SelfReset)
+
+# --- an answer that names no thought ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer, cause", [("none", "unparsed"), (r"\boxed{0}", "no_error")])
+@pytest.mark.parametrize("fallback", ["restart", "random", "skip"])
+def test_an_answer_that_names_no_thought_goes_where_the_config_says(
+    answer: str, cause: str, fallback: str
+):
+    cfg = config(localize={"fallback": fallback})
+    generator = FakeGenerator(lambda context, rng: answer)
+    many = [seed for step in range(12) for seed in seeds("1\n2\n3\n4\n5", step=step)]
+    resets = SelfReset(cfg, TOKENIZER).choose(many, generator)
+    expected = {
+        "restart": [0] * 12,
+        "random": [random_thought(seed) for seed in many],
+        "skip": [None] * 12,
+    }
+    assert [reset.thought for reset in resets] == expected[fallback]
+    assert {(reset.cause, reset.answer) for reset in resets} == {(cause, answer)}
+
+
+def test_an_answer_that_names_a_thought_needs_no_fallback():
+    cfg = config(localize={"fallback": "skip"})
+    generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
+    (reset,) = SelfReset(cfg, TOKENIZER).choose(seeds("1\n2\n3"), generator)
+    assert (reset.thought, reset.cause) == (1, "named")
+
+
+# --- as deep as the policy's verdict on another seed ------------------------------------------
+
+
+def test_a_depth_matched_reset_takes_the_share_that_was_named_for_the_next_seed():
+    replies = {"a=": r"\boxed{2}", "b=": r"\boxed{4}", "c=": r"\boxed{1}"}
+    generator = FakeGenerator(lambda context, rng: replies[context[:2]])
+    # Named: thought 1 of 2, 3 of 4, 0 of 8, that is a half, three quarters, none.
+    resets = DepthMatchedReset(config(), TOKENIZER).choose(
+        seeds("1\n2", "1\n2\n3\n4", "1\n2\n3\n4\n5\n6\n7\n8"), generator
+    )
+    # Three quarters of 2 thoughts, none of 4, a half of 8.
+    assert [reset.thought for reset in resets] == [1, 0, 4]
+    assert [reset.answer for reset in resets] == [*replies.values()]
+    assert {reset.cause for reset in resets} == {"depth_matched"}
+
+
+def test_a_depth_matched_reset_of_a_lonely_seed_is_random():
+    generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
+    lonely = [seeds("1\n2\n3\n4\n5\n6", step=step) for step in range(30)]
+    rule = DepthMatchedReset(config(), TOKENIZER)
+    found = [rule.choose(seed, generator)[0].thought for seed in lonely]
+    assert found == [random_thought(*seed) for seed in lonely]
+
+
+# --- a rule of the user's ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "resets, message",
+    [
+        ([], "was asked for one reset for each of ['0/a/base/0'], in this order"),
+        ([Reset(seed_id="b", thought=0, cause="mine")], "the reset rule answered for ['b']"),
+        ([Reset(seed_id="0/a/base/0", thought=2, cause="mine")], "thought 2 of rollout 0/a/base/0"),
+        ([Reset(seed_id="0/a/base/0", thought=-1, cause="mine")], "which has thoughts 0 to 1"),
+    ],
+)
+def test_a_reset_that_fits_no_seed_is_refused(resets: list[Reset], message: str):
+    with pytest.raises(InputError) as refused:
+        checked(resets, seeds("1\n2"))
+    assert message in str(refused.value)
