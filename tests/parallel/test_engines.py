@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_srpo.hf_folder import read_tensors
 from tests.e2e.small_run import write_small_run
 from tests.parallel import engine_jobs
 from tests.parallel.pool import Pool
 
+PARITY = """
+from megatron_srpo.types import Score
+
+def parity(prompt, response):
+    return Score(value=float(len(response) % 2), correct=bool(len(response) % 2))
+"""
 LAYOUTS = {
     "TP2, two engines": (2, 2, 1, 1),
     "PP2, one engine of two": (2, 1, 2, 2),
@@ -50,11 +57,20 @@ def test_one_replica_s_stale_cache_stops_all_ranks(pool: Pool, policy: Path, sta
 def test_a_run_replayed_on_another_layout_trains_the_same_policy(
     pool: Pool, tmp_path: Path, num: int, tp: int, pp: int, rollout_tp: int
 ) -> None:
-    config = write_small_run(tmp_path)
+    # A random policy never solves the task; the parity of its length gives it a gradient.
+    (tmp_path / "parity.py").write_text(PARITY)
+    config = write_small_run(
+        tmp_path,
+        reward=f"{tmp_path}/parity.py:parity",
+        optimizer={"lr": 3e-4, "eps": 1e-3},  # a small one makes noise of gradients near 0
+    )
     layout = {"tp": tp, "pp": pp, "rollout_tp": rollout_tp}
     live, *others = pool.run(num, engine_jobs.trained, config, tmp_path / "live", None, **layout)
     assert all(torch.equal(rank[name], live[name]) for rank in others for name in live)
     (replayed,) = pool.run(1, engine_jobs.trained, config, tmp_path / "replayed", tmp_path / "live")
+    before = dict(read_tensors(tmp_path / "model"))
+    moved = max(float((live[name] - before[name]).abs().max()) for name in before)
     off = max(float((replayed[name] - live[name]).abs().max()) for name in live)
-    print(f"\nparameters after a replay on one process off by {off:.1e}")
-    assert off < 1e-5
+    print(f"\nparameters after a replay on one process off by {off:.1e}, moved by {moved:.1e}")
+    assert moved > 1e-4
+    assert off < 1e-6
