@@ -53,15 +53,21 @@ def test_one_replica_s_stale_cache_stops_all_ranks(pool: Pool, policy: Path, sta
     assert alarm is not None and alarm.startswith("after weight sync 1")
 
 
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random policy never solves the task; the parity of its length gives it a gradient."""
+    path = tmp_path_factory.mktemp("reward") / "parity.py"
+    path.write_text(PARITY)
+    return path
+
+
 @pytest.mark.parametrize(("num", "tp", "pp", "rollout_tp"), [(2, 2, 1, 1), (4, 2, 2, 2)])
 def test_a_run_replayed_on_another_layout_trains_the_same_policy(
-    pool: Pool, tmp_path: Path, num: int, tp: int, pp: int, rollout_tp: int
+    pool: Pool, parity: Path, tmp_path: Path, num: int, tp: int, pp: int, rollout_tp: int
 ) -> None:
-    # A random policy never solves the task; the parity of its length gives it a gradient.
-    (tmp_path / "parity.py").write_text(PARITY)
     config = write_small_run(
         tmp_path,
-        reward=f"{tmp_path}/parity.py:parity",
+        reward=f"{parity}:parity",
         optimizer={"lr": 3e-4, "eps": 1e-3},  # a small one makes noise of gradients near 0
     )
     layout = {"tp": tp, "pp": pp, "rollout_tp": rollout_tp}
