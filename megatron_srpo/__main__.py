@@ -45,7 +45,7 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> None:
     if arguments.command == "sft":
         from megatron_srpo.inputs import read_sft_inputs
 
-        demonstrations = read_sft_inputs(cfg, num_replicas=num_processes)
+        demonstrations = read_sft_inputs(cfg, num_processes=num_processes)
         from megatron_srpo.sft import sft
 
         sft(cfg, demonstrations)
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> None:
     else:
         from megatron_srpo.inputs import read_inputs
 
-        inputs = read_inputs(cfg, num_replicas=num_processes, replay=arguments.replay)
+        inputs = read_inputs(cfg, num_processes=num_processes, replay=arguments.replay)
         from megatron_srpo.train import train
 
         train(cfg, inputs, replay=arguments.replay)

@@ -22,6 +22,7 @@ from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
+from megatron_srpo.replica import LeaderReward, LeaderRule
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
@@ -64,10 +65,10 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
     roles = Roles(
         generator=TimedGenerator(engine, stopwatch),
         tokenizer=inputs.tokenizer,
-        reward=TimedReward(inputs.reward, stopwatch),
-        rule=inputs.rule,
+        reward=LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh),
+        rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
-    replica = {"replica": mesh.rank, "num_replicas": mesh.world_size}
+    replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
     journal = Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica)
     live = partial(collect_groups, roles=roles, cfg=cfg)
     return Run(
@@ -93,8 +94,11 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
             probe=probe_context(inputs.prompts[0], cfg.rollout.max_model_len),
             temperature=cfg.rollout.temperature,
             max_logprob_diff=cfg.max_logprob_diff,
+            gather=mesh.gather,
         ),
-        evaluate=partial(held_out_sums, inputs.held_out[mesh.rank :: mesh.world_size], roles, cfg),
+        evaluate=partial(
+            held_out_sums, inputs.held_out[mesh.replica :: mesh.num_replicas], roles, cfg
+        ),
         gpu=Colocation(stopwatch),
         stopwatch=stopwatch,
         max_mismatch=float("inf") if replay else cfg.max_logprob_diff,

@@ -1,42 +1,47 @@
-"""Who learns from which sample?   samples of all ranks -> this rank's batch
+"""Who learns from which sample?   samples of all replicas -> this rank's batch
 
-Lengths are gathered, every rank computes the same plan, and each sample travels once, to the rank
-that the plan names.
+Lengths are gathered, every rank computes the same plan over the copies of the policy, and each
+sample travels once to each rank that holds a part of the copy which the plan names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_srpo.batching import pack, plan_micro_batches
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.types import Batch, Sample
 
 
-def exchange(samples: Sequence[Sample], mesh: Mesh, *, max_tokens: int) -> Batch:
-    """Collective. Samples without a gradient stay behind; they count in the denominator."""
-    trained = [sample for sample in samples if sample.is_trained]
-    shares = mesh.gather(([len(sample.token_ids) - 1 for sample in trained], _count(samples)))
+def exchange(
+    samples: Sequence[Sample], mesh: Mesh, *, max_tokens: int, with_silent: bool = False
+) -> Batch:
+    """Collective. A replica's ranks hold the same samples: its leader's are the ones that count.
+
+    Samples without a gradient stay behind and count in the denominator. `with_silent`: only those
+    without a weight do; a loss with a KL term learns also where the advantage is 0.
+    """
+    own = samples if mesh.is_leader else ()
+    trained = [s for s in own if s.is_trained or (with_silent and np.any(s.loss_weight))]
+    shares = mesh.gather(([len(s.token_ids) - 1 for s in trained], sum(s.count for s in own)))
     denominator = sum(count for _, count in shares)
-    lengths = [length for own, _ in shares for length in own]
+    lengths = [length for share, _ in shares for length in share]
     if not lengths or not denominator:
         return Batch(micro_batches=(), denominator=denominator)
-    plan = plan_micro_batches(lengths, num_ranks=mesh.world_size, max_tokens=max_tokens)
+    plan = plan_micro_batches(lengths, num_ranks=mesh.dp_size, max_tokens=max_tokens)
 
-    first = sum(len(own) for own, _ in shares[: mesh.rank])
+    first = sum(len(share) for share, _ in shares[: mesh.rank])
     mine = {first + offset: sample for offset, sample in enumerate(trained)}
     outgoing = [
-        {index: mine[index] for bin in micro_batches for index in bin if index in mine}
-        for micro_batches in plan
+        {index: mine[index] for bin in plan[slot] for index in bin if index in mine}
+        for slot in mesh.slots
     ]
     here: dict[int, Sample] = {}
     for arrived in mesh.exchange(outgoing):
         here |= arrived
     return Batch(
-        micro_batches=tuple(pack([here[index] for index in bin]) for bin in plan[mesh.rank]),
+        micro_batches=tuple(pack([here[index] for index in bin]) for bin in plan[mesh.dp_rank]),
         denominator=denominator,
     )
-
-
-def _count(samples: Sequence[Sample]) -> float:
-    return sum(sample.count for sample in samples)

@@ -6,12 +6,13 @@ Every function raises `InputError` for the first thing that is wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_srpo.advantages import CREDITS
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.extensions import build, find
 from megatron_srpo.hf_folder import (
@@ -60,10 +61,12 @@ class Inputs:
     """Hugging Face name -> shape of every tensor of the policy."""
 
 
-def read_inputs(cfg: Config, *, num_replicas: int, replay: Path | None = None) -> Inputs:
+def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) -> Inputs:
     """Everything that `train` needs of the user's files."""
     RunFolder(cfg.run_dir).check_free()
-    _check_prompts_divide(cfg, num_replicas)
+    layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
+    check_layout(cfg.parallel, read_config(cfg.model), **layout)
+    _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
     prompts, dropped = _read_prompts(cfg.data.train, tokenizer, cfg)
@@ -106,14 +109,15 @@ def read_eval_inputs(cfg: Config, *, out: Path | None = None) -> EvalInputs:
     )
 
 
-def read_sft_inputs(cfg: Config, *, num_replicas: int) -> list[tuple[Tokens, Tokens]]:
+def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, Tokens]]:
     """The demonstrations of a warm start."""
     if cfg.sft is None:
         raise InputError("the config has no `sft` section")
     RunFolder(cfg.sft.run_dir).check_free()
-    if cfg.sft.batch_size % num_replicas:
+    check_layout(cfg.parallel, read_config(cfg.sft.model), num_processes=num_processes)
+    if cfg.sft.batch_size % num_processes:
         raise InputError(
-            f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_replicas} processes"
+            f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_processes} processes"
         )
     weight_files(cfg.sft.model)
     return read_demonstrations(cfg.sft.data, HFTokenizer(cfg.sft.model))
@@ -125,6 +129,30 @@ def prompt_set(
     """The order in which the run draws its prompts, for one replica."""
     seed = counter_seed(cfg.seed, "data")
     return PromptSet(prompts, seed=seed, replica=replica, num_replicas=num_replicas)
+
+
+def check_layout(
+    parallel: ParallelConfig, model: Mapping[str, Any], *, num_processes: int, rollout_tp: int = 1
+) -> None:
+    """The processes divide over the layout, and the model (its config.json) over the processes."""
+    heads = {
+        "the model's num_attention_heads": model["num_attention_heads"],
+        "the model's num_key_value_heads": num_kv_heads(model),
+        "the model's intermediate_size": model["intermediate_size"],
+    }
+    layers = {"the model's num_hidden_layers": model["num_hidden_layers"]}
+    vocabulary = {"the model's vocab_size": model["vocab_size"]}
+    processes = {"the number of processes": num_processes}
+    for numbers, knob, divisor in (
+        (processes, "parallel.tp x parallel.pp", parallel.tp * parallel.pp),
+        (processes, "rollout.tp", rollout_tp),
+        (heads | vocabulary, "parallel.tp", parallel.tp),
+        (layers, "parallel.pp", parallel.pp),
+        (heads, "rollout.tp", rollout_tp),
+    ):
+        for name, number in numbers.items():
+            if number % divisor:
+                raise InputError(f"{name}, {number}, does not divide by {knob} = {divisor}")
 
 
 def _read_prompts(

@@ -173,6 +173,14 @@ def _capped(weight_T: Tensor, cfg: LossConfig) -> Tensor:
     return torch.where(weight_T > cfg.importance_cap, 0.0, weight_T)
 
 
+def on_host(counters: Counters) -> Counters:
+    """To be sent to other processes."""
+    return Counters(
+        quotients={name: (s.cpu(), n.cpu()) for name, (s, n) in counters.quotients.items()},
+        maxima={name: value.cpu() for name, value in counters.maxima.items()},
+    )
+
+
 def add_counters(parts: Sequence[Counters]) -> Counters:
     """Of several micro-batches under one configuration, hence with the same names."""
     return Counters(

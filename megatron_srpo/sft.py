@@ -31,7 +31,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
     """Train `sft.model` on the demonstrations; writes `<sft.run_dir>/hf`."""
     assert cfg.sft is not None, "checked when the demonstrations were read"
     folder = RunFolder(cfg.sft.run_dir)
-    mesh = build_mesh()
+    mesh = build_mesh(cfg.parallel)
     learner = MegatronLearner(
         cfg.sft.model,
         mesh,

@@ -25,7 +25,7 @@ KINDS = ("base", "seed", "replaced", "localize", "suffix")
 def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
     """Run the config; or, with `replay`, train on the rollouts in that run's folder."""
     folder = RunFolder(cfg.run_dir)
-    mesh = build_mesh()
+    mesh = build_mesh(cfg.parallel, rollout_tp=cfg.rollout.tp)
     run = assemble(cfg, inputs, mesh, replay)
     if mesh.rank == 0:
         folder.create(cfg)
@@ -69,10 +69,10 @@ def loop(run: Run, telemetry: Telemetry) -> None:
         check_mismatch(stats, run.max_mismatch, step)
         with gpu.syncing():
             synced = run.weight_sync(version=step + 1)
-        metrics = step_metrics(run, groups, evaluated) | stats | worst(synced, run.mesh)
+        metrics = step_metrics(run, groups, evaluated) | stats | synced
         telemetry.log(step, metrics, summary(metrics))
     with gpu.generating():
-        last = combine(run.mesh.gather(run.evaluate()))
+        last = of_replicas(run.evaluate(), run.mesh)
     telemetry.log(cfg.num_steps, last, summary(last))
 
 
@@ -89,7 +89,7 @@ def check_mismatch(stats: dict[str, float], bound: float, step: int) -> None:
 def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
     """All replicas' rollouts, and this process's time and memory."""
     sums = rollout_sums(groups, run.cfg) | evaluated
-    metrics = combine(run.mesh.gather(sums))
+    metrics = of_replicas(sums, run.mesh)
     seconds = run.stopwatch.take()
     generated = sum(metrics.get(f"tokens/{kind}", 0.0) for kind in KINDS)
     speed = {"speed/tokens_per_s": generated / seconds["time/step_s"]}
@@ -97,10 +97,9 @@ def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str
     return metrics | seconds | speed | memory
 
 
-def worst(metrics: dict[str, float], mesh: Mesh) -> dict[str, float]:
-    """The largest value of any rank."""
-    shares = mesh.gather(metrics)
-    return {name: max(share[name] for share in shares) for name in metrics}
+def of_replicas(sums: Sums, mesh: Mesh) -> dict[str, float]:
+    """Metrics of all replicas; the ranks of one replica hold the same sums."""
+    return combine(mesh.gather(sums if mesh.is_leader else {}))
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -4,20 +4,21 @@
 
 After each load both engines are asked for the log-probs of a short probe. The probe continues a
 prefix that was cached *before* the load, so it shows a weight that did not arrive, a tied head
-left behind and a prefix cache that was not reset.
+left behind and a prefix cache that was not reset. Any replica's engine may be the one that is off,
+and any copy of the policy: each copy judges every replica's answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_srpo.protocols import Generator, Learner, NamedTensors, WeightReceiver
 from megatron_srpo.seeding import counter_seed
-from megatron_srpo.types import AlarmError, Prompt, Request, Tokens
+from megatron_srpo.types import AlarmError, Floats, Prompt, Request, Tokens
 
 PROBE_TOKENS = 8
 """Sampled by the probe."""
@@ -37,18 +38,21 @@ class WeightSync:
     """[T] context of the probe, longer than a block of the prefix cache."""
     temperature: float
     max_logprob_diff: float
+    gather: Callable[[Any], list[Any]]
+    """Every rank's value, on every rank (`Mesh.gather`)."""
 
     def __call__(self, *, version: int) -> dict[str, float]:
-        """Raises `AlarmError` if the engines differ by more than `max_logprob_diff` nats."""
+        """Collective. Raises `AlarmError` on every rank if any two engines differ by more than
+        `max_logprob_diff` nats; what it measures is equal on all ranks."""
         self._ask(version, max_tokens=1)  # the old weights' keys and values are cached now
         arrived: set[str] = set()
         stream = checked(self.learner.export(), self.shapes, arrived)
         self.engine.load_weights(stream, version=version)
         if missing := self.shapes.keys() - arrived:
             raise AlarmError(f"weight sync {version}: {min(missing)} and maybe more did not arrive")
-        token_ids, logprobs = self._ask(version, max_tokens=PROBE_TOKENS)
-        (expected,) = self.learner.logprobs([np.concatenate([self.probe, token_ids])])
-        difference = float(np.abs(expected[-len(token_ids) :] - logprobs).max())
+        answers = self.gather(self._ask(version, max_tokens=PROBE_TOKENS))
+        # Of numpy's max: it keeps a NaN.
+        difference = float(np.max(self.gather(self._difference(answers))))
         if not difference <= self.max_logprob_diff:
             raise AlarmError(
                 f"after weight sync {version} the rollout engine's log-probs differ from the "
@@ -56,7 +60,19 @@ class WeightSync:
             )
         return {"sync/probe_logprob_abs_max": difference}
 
-    def _ask(self, version: int, max_tokens: int) -> tuple[Tokens, np.ndarray]:
+    def _difference(self, answers: Sequence[tuple[Tokens, Floats]]) -> float:
+        """The largest of any answer from what this copy of the policy says of it."""
+        asked = [np.concatenate([self.probe, token_ids]) for token_ids, _ in answers]
+        distinct = {probe.tobytes(): probe for probe in asked}
+        expected = self.learner.logprobs([*distinct.values()], temperature=self.temperature)
+        right = dict(zip(distinct, expected, strict=True))
+        differences = [
+            np.abs(right[probe.tobytes()][-len(logprobs) :] - logprobs).max()
+            for probe, (_, logprobs) in zip(asked, answers, strict=True)
+        ]
+        return float(np.max(differences))
+
+    def _ask(self, version: int, max_tokens: int) -> tuple[Tokens, Floats]:
         request = Request(
             id=f"probe/{version}/{max_tokens}",
             purpose="probe",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,70 +15,26 @@ from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import write_folder
 from megatron_srpo.types import AlarmError, Batch, Sample
-from tests.launch import unlaunched_environment
-from tests.parallel.gradients import NUM_SAMPLES, TEMPERATURE, build_learner, hf_gradients
-from tests.tiny import logprobs_of, random_samples, reference_logprobs, write_policy
-
-Reference = tuple[float, dict[str, torch.Tensor]]
-
-
-def reference(policy: Path, samples: list[Sample]) -> Reference:
-    """Loss and gradients in float64: every sequence alone, no packing, no Megatron."""
-    model = Qwen2ForCausalLM.from_pretrained(policy, dtype=torch.float64)
-    loss = torch.zeros((), dtype=torch.float64)
-    for sample in samples:
-        logprobs = logprobs_of(model, sample.token_ids, temperature=TEMPERATURE)
-        credit = torch.tensor(sample.loss_weight * sample.advantage, dtype=torch.float64)[1:]
-        loss = loss - (credit * logprobs).sum() / len(samples)
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return float(loss.detach()), gradients
+from tests.parallel.jobs import (
+    NUM_SAMPLES,
+    TEMPERATURE,
+    build_learner,
+    hf_gradients,
+    three_steps,
+)
+from tests.parallel.reference import (
+    Reference,
+    assert_gradient,
+    assert_three_steps,
+    loss_and_gradients,
+    three_adamw_steps,
+)
+from tests.tiny import random_samples, reference_logprobs, write_policy
 
 
 @pytest.fixture(scope="module")
 def expected(policy: Path) -> Reference:
-    return reference(policy, random_samples(NUM_SAMPLES, seed=1))
-
-
-def assert_close(stats: dict[str, float], found: dict[str, torch.Tensor], to: Reference) -> None:
-    loss, gradients = to
-    assert set(gradients) <= set(found)
-    largest = max(float(g.abs().max()) for g in gradients.values())
-    off = max(float((found[name] - g).abs().max()) for name, g in gradients.items())
-    print(f"\nloss off by {abs(stats['loss'] - loss):.1e}, gradient by {off / largest:.1e} max|g|")
-    assert stats["loss"] == pytest.approx(loss, abs=1e-6)
-    assert off <= 5e-6 * largest
-
-
-def run_processes(num: int, policy: Path, out: Path, *flags: str) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num)]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["-m", "tests.parallel.gradients", str(policy), str(out), *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=unlaunched_environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
-
-
-@pytest.fixture(scope="module")
-def two_processes(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    out = tmp_path_factory.mktemp("two") / "out.pt"
-    return run_processes(2, policy, out, "--max-tokens", "120")
-
-
-def test_two_data_parallel_processes_have_the_gradient_of_the_unpacked_float64_reference(
-    two_processes: dict, expected: Reference
-) -> None:
-    assert_close(two_processes["stats"], two_processes["gradients"], expected)
-
-
-def test_two_data_parallel_processes_count_what_one_counts(
-    policy: Path, mesh: Mesh, two_processes: dict
-) -> None:
-    samples = random_samples(NUM_SAMPLES, seed=1)
-    alone = build_learner(policy, mesh).backward(exchange(samples, mesh, max_tokens=100_000))
-    assert two_processes["stats"] == pytest.approx(alone, rel=2e-5, abs=1e-6)
+    return loss_and_gradients(policy, random_samples(NUM_SAMPLES, seed=1))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
@@ -93,7 +47,7 @@ def test_the_gradient_does_not_depend_on_micro_batch_size_or_packing_order(
     if order == "reversed":
         samples.reverse()
     stats = learner.backward(exchange(samples, mesh, max_tokens=max_tokens))
-    assert_close(stats, hf_gradients(learner, mesh), expected)
+    assert_gradient(stats, hf_gradients(learner, mesh), expected)
 
 
 def test_samples_without_advantage_change_only_the_denominator(policy: Path, mesh: Mesh) -> None:
@@ -114,32 +68,14 @@ def test_samples_without_advantage_change_only_the_denominator(policy: Path, mes
     assert batch.denominator == 6
     assert sum(len(m.sample_ids) for m in batch.micro_batches) == 3
     stats = learner.backward(batch)
-    loss, gradients = reference(policy, samples[:3])
+    loss, gradients = loss_and_gradients(policy, samples[:3])
     halved = {name: gradient / 2 for name, gradient in gradients.items()}
-    assert_close(stats, hf_gradients(learner, mesh), (loss / 2, halved))
+    assert_gradient(stats, hf_gradients(learner, mesh), (loss / 2, halved))
 
 
 def test_three_adamw_steps_follow_torch(policy: Path, mesh: Mesh) -> None:
-    learner = build_learner(policy, mesh)
-    model = Qwen2ForCausalLM.from_pretrained(policy, dtype=torch.float64)
-    adam = torch.optim.AdamW(
-        model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0
-    )
-    for step in range(3):
-        samples = random_samples(5, seed=step)
-        stats = learner.update([Batch(micro_batches=(pack(samples),), denominator=5.0)])
-        adam.zero_grad()
-        for sample in samples:
-            logprobs = logprobs_of(model, sample.token_ids, temperature=TEMPERATURE)
-            credit = torch.tensor(sample.loss_weight * sample.advantage, dtype=torch.float64)[1:]
-            (-(credit * logprobs).sum() / 5).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-        adam.step()
-        assert norm > 0.05, "the clip must bite for the test to see it"
-        assert stats["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-    exported = dict(learner.export())
-    for name, parameter in model.named_parameters():
-        assert float((exported[name] - parameter.detach()).abs().max()) < 1e-5, name
+    stats, exported = three_steps(mesh, policy)
+    assert_three_steps(stats, exported, three_adamw_steps(policy))
 
 
 @pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0, 2.0])

@@ -18,7 +18,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.reference import ParkedWeights
 from megatron_srpo.types import Batch, Sample
-from tests.parallel.gradients import TEMPERATURE, build_learner
+from tests.parallel.jobs import TEMPERATURE, build_learner
 from tests.tiny import logprobs_of, random_samples, reference_logprobs
 
 PPO = LossConfig(

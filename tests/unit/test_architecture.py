@@ -18,8 +18,8 @@ LEVELS = (
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder batching loss metrics stopwatch",
     "engines",
-    "journal weight_sync colocation telemetry evaluate evaluate_model exchange export inputs sft "
-    "assembly train",
+    "journal weight_sync colocation telemetry evaluate evaluate_model exchange replica export "
+    "inputs sft assembly train",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

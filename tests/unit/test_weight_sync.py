@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,19 +26,20 @@ class OffLearner:
         self._tensors = tensors or tuple(SHAPES.items())
         self.asked: list[Tokens] = []
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         raise AssertionError("a sync does not train")
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in self._tensors:
             yield name, torch.zeros(shape)
 
-    def logprobs(self, sequences: Sequence[Tokens]) -> list[Floats]:
+    def logprobs(self, sequences: Sequence[Tokens], *, temperature: float) -> list[Floats]:
+        assert temperature == 0.5, "the engine's"
         self.asked.extend(sequences)
         sampled = -np.arange(1, PROBE_TOKENS + 1, dtype=np.float32)
         sampled[3] += self._error
         context = np.full(len(sequences[0]) - 1 - PROBE_TOKENS, 99, np.float32)
-        return [np.concatenate([context, sampled])]
+        return [np.concatenate([context, sampled])] * len(sequences)
 
 
 class WatchedEngine(FakeGenerator):
@@ -56,7 +58,12 @@ class WatchedEngine(FakeGenerator):
         self.events.append(f"load {version}")
 
 
-def sync(learner: OffLearner, engine: WatchedEngine, bound: float = 1e-3) -> WeightSync:
+def sync(
+    learner: OffLearner,
+    engine: WatchedEngine,
+    bound: float = 1e-3,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> WeightSync:
     return WeightSync(
         learner=learner,
         engine=engine,
@@ -64,6 +71,7 @@ def sync(learner: OffLearner, engine: WatchedEngine, bound: float = 1e-3) -> Wei
         probe=np.arange(65, 85, dtype=np.int32),
         temperature=0.5,
         max_logprob_diff=bound,
+        gather=gather,
     )
 
 
@@ -142,3 +150,26 @@ def test_the_probes_context_repeats_a_prompt_and_leaves_room_for_what_is_sampled
     short = prompt("abc")
     assert probe_context(short, 4096).tolist() == [97, 98, 99] * 26 + [97, 98]
     assert len(probe_context(short, 20)) == 20 - PROBE_TOKENS
+
+
+@pytest.mark.parametrize("error", [2e-3, float("nan")])
+def test_another_replica_s_engine_that_is_off_raises_the_alarm_here_too(error: float):
+    def gather(value: Any) -> list[Any]:
+        if isinstance(value, float):
+            return [value]
+        token_ids, logprobs = value
+        return [value, (token_ids, logprobs + np.float32(error))]
+
+    learner = OffLearner()
+    with pytest.raises(AlarmError, match="after weight sync 2"):
+        sync(learner, WatchedEngine(), gather=gather)(version=2)
+    assert len(learner.asked) == 1, "equal answers are judged once"
+
+
+@pytest.mark.parametrize("order", [[0.0, float("nan")], [float("nan"), 0.0], [0.0, 2e-3]])
+def test_another_rank_s_trainer_that_is_off_raises_the_alarm_here_too(order: list[float]):
+    def gather(value: Any) -> list[Any]:
+        return order if isinstance(value, float) else [value]
+
+    with pytest.raises(AlarmError, match="after weight sync 2"):
+        sync(OffLearner(), WatchedEngine(), gather=gather)(version=2)

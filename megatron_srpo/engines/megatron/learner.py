@@ -42,13 +42,15 @@ from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.logprobs import token_entropies, token_logprobs
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.model import build_model, export_hf, family_of
+from megatron_srpo.engines.megatron.model import build_model, family_of
 from megatron_srpo.engines.megatron.optimizer import MegatronAdam
 from megatron_srpo.engines.megatron.reference import ParkedWeights
+from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
 from megatron_srpo.loss import (
     Counters,
     TokenTensors,
     add_counters,
+    on_host,
     over_sampled,
     policy_loss,
     to_metrics,
@@ -86,7 +88,7 @@ class MegatronLearner:
         """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over."""
         self._mesh, self._temperature, self._cfg = mesh, temperature, loss
         self._family = family_of(folder)
-        self.module = build_model(folder, dtype)
+        self.module = build_model(folder, mesh, dtype)
         self._device = next(self.module.parameters()).device
         self.model = DistributedDataParallel(
             self.module.config,
@@ -156,8 +158,10 @@ class MegatronLearner:
             lambda index, logits_TV: self._loss(logits_TV, items[index], denominator),
             forward_only=False,
         )
+        if not self._mesh.speaks_for_slot:
+            per_micro_batch = []  # the other ranks of this copy know the same, or nothing
         self._refuse_non_finite(per_micro_batch, items)
-        return self._reduce(add_counters(per_micro_batch))
+        return self._reduce(per_micro_batch)
 
     def _schedule(
         self,
@@ -192,7 +196,8 @@ class MegatronLearner:
     def _target_logprobs(
         self, micro_batches: Sequence[MicroBatch], *, temperature: float | None = None
     ) -> list[Tensor]:
-        """[T] each, under the weights that are in the model now; None: as in training."""
+        """[T] each, under the weights that are in the model now; None: as in training. Only the
+        last stage knows them: on the others it is room to receive them into."""
         at = self._temperature if temperature is None else temperature
 
         def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,13 +205,14 @@ class MegatronLearner:
             found_T = token_logprobs(logits_TV, targets_T, temperature=at)
             return found_T.sum(), found_T  # the schedule wants a loss; nothing descends it
 
-        return self._schedule(micro_batches, finish, forward_only=True)
+        found = self._schedule(micro_batches, finish, forward_only=True)
+        return found or [torch.empty(len(m.token_ids), device=self._device) for m in micro_batches]
 
     def _refuse_non_finite(self, stats: Sequence[Counters], items: Sequence[Pass]) -> None:
         """Raises on every rank if the loss of any rank's micro-batch is not finite."""
         bad = [
             ", ".join(item.micro_batch.sample_ids)
-            for item, each in zip(items, stats, strict=True)
+            for item, each in zip(items, stats, strict=bool(stats))
             if not torch.isfinite(each.quotients["loss"][0])
         ]
         everywhere = [samples for share in self._mesh.gather(bad) for samples in share]
@@ -253,19 +259,13 @@ class MegatronLearner:
         entropy = {"entropy": over_sampled(entropies_T, tokens)}
         return loss, replace(counters, quotients=counters.quotients | entropy)
 
-    def _reduce(self, own: Counters) -> Counters:
-        """Sums and maxima over the replicas, equal on all ranks."""
-        sums = torch.stack([torch.stack(pair) for pair in own.quotients.values()])
-        largest = torch.stack([*own.maxima.values()])
-        dist.all_reduce(sums, group=self._mesh.dp_group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
-        return Counters(
-            quotients={name: (s[0], s[1]) for name, s in zip(own.quotients, sums, strict=True)},
-            maxima=dict(zip(own.maxima, largest, strict=True)),
-        )
+    def _reduce(self, per_micro_batch: Sequence[Counters]) -> Counters:
+        """Sums and maxima over the copies of the policy, equal on all ranks."""
+        own = [on_host(add_counters(per_micro_batch))] if per_micro_batch else []
+        return add_counters([each for share in self._mesh.gather(own) for each in share])
 
     def logprobs(self, sequences: Sequence[Tokens], *, temperature: float) -> list[Floats]:
-        """Each [T - 1]: log-prob of every token after the first."""
+        """Each [T - 1]: log-prob of every token after the first, on all ranks of the copy."""
         if not sequences:
             return []
         micro_batches = [
@@ -273,10 +273,15 @@ class MegatronLearner:
             for tokens in sequences
         ]
         found = self._target_logprobs(micro_batches, temperature=temperature)
+        if self._mesh.pp_size > 1:
+            for logprobs_T in found:
+                last = self._mesh.pp_size - 1
+                dist.broadcast(logprobs_T, group=self._mesh.pp_group, group_src=last)
         return [logprobs_T.cpu().numpy() for logprobs_T in found]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        return export_hf(self.module, self._family)
+        parameters = local_parameters(self.module)
+        return full_tensors(self.module, self._family, self._mesh, parameters)
 
 
 def _finalize_without_count(

@@ -1,6 +1,7 @@
-"""Which processes hold what: process groups as one frozen value.
+"""Which processes hold what? Process groups as one frozen value.
 
-So far the mesh is data parallel only; the other axes have length 1.
+Two views of the same ranks. The trainer's: tensor x pipeline x data parallel, in Megatron's order
+(rank = tp + TP (dp + DP pp)). The rollout engines': replicas of consecutive ranks, each one engine.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_srpo.config import ParallelConfig
 from megatron_srpo.engines.megatron import cpu
 
 T = TypeVar("T")
@@ -27,18 +29,54 @@ class Mesh:
 
     rank: int
     world_size: int
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup
+    pp_rank: int
+    """Stage of the pipeline."""
+    pp_size: int
+    pp_group: dist.ProcessGroup
     dp_rank: int
+    """Slot: which copy of the policy this rank holds a part of."""
     dp_size: int
     dp_group: dist.ProcessGroup
-    tp_group: dist.ProcessGroup
+    slots: tuple[int, ...]
+    """Every rank's `dp_rank`."""
+    replica: int
+    """Which rollout engine this rank holds a part of."""
+    num_replicas: int
+    replica_group: dist.ProcessGroup
+    """The ranks of one rollout engine, for objects in host memory (gloo)."""
     host_group: dist.ProcessGroup
     """All ranks, for objects in host memory (gloo)."""
 
+    @property
+    def is_leader(self) -> bool:
+        """The first rank of its replica: what it says counts for the others."""
+        return self.rank % (self.world_size // self.num_replicas) == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Here logits and losses are."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def speaks_for_slot(self) -> bool:
+        """One rank of each copy of the policy: what all its last stage's ranks know counts once."""
+        return self.is_last_stage and self.tp_rank == 0
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
-        values: list[T | None] = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.host_group)
-        return values  # type: ignore[return-value]
+        return values
+
+    def share(self, value: T) -> T:
+        """The leader's value, on every rank of its replica."""
+        box = [value]
+        if self.num_replicas < self.world_size:
+            dist.broadcast_object_list(box, group=self.replica_group, group_src=0)
+        return box[0]
 
     def exchange(self, outgoing: Sequence[T]) -> list[T]:
         """`outgoing[r]` goes to rank r; returns what each rank had for this one."""
@@ -60,30 +98,48 @@ class Mesh:
         ]
 
 
-def build_mesh() -> Mesh:
-    """Collective over all processes, which torchrun or srun has started."""
+def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -> Mesh:
+    """Collective over all processes, which torchrun or srun has started.
+
+    `inputs.check_layout` has found the sizes to divide; by default all ranks are data parallel.
+    """
+    parallel = parallel or ParallelConfig()
     cpu.install()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
+    parallel_state.initialize_model_parallel(parallel.tp, parallel.pp)
     # Megatron wants its random tracker seeded even where no dropout draws from it.
     tensor_parallel.model_parallel_cuda_manual_seed(0)
-    host_group = dist.new_group(backend="gloo")
-    dp_group = parallel_state.get_data_parallel_group()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    replicas = np.arange(world_size).reshape(-1, rollout_tp).tolist()
+    replica_group, _ = dist.new_subgroups_by_enumeration(replicas, backend="gloo")
     tp_group = parallel_state.get_tensor_model_parallel_group()
-    assert isinstance(host_group, dist.ProcessGroup)
-    assert isinstance(dp_group, dist.ProcessGroup)
-    assert isinstance(tp_group, dist.ProcessGroup)
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    dp_group = parallel_state.get_data_parallel_group()
     return Mesh(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        dp_group=dp_group,
+        rank=rank,
+        world_size=world_size,
+        tp_rank=tp_group.rank(),
+        tp_size=tp_group.size(),
         tp_group=tp_group,
-        host_group=host_group,
+        pp_rank=pp_group.rank(),
+        pp_size=pp_group.size(),
+        pp_group=pp_group,
+        dp_rank=dp_group.rank(),
+        dp_size=dp_group.size(),
+        dp_group=dp_group,
+        slots=tuple(r // parallel.tp % dp_group.size() for r in range(world_size)),
+        replica=rank // rollout_tp,
+        num_replicas=len(replicas),
+        replica_group=_known(replica_group),
+        host_group=_known(dist.new_group(backend="gloo")),
     )
+
+
+def _known(group: Any) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), "this rank is in none of the groups"
+    return group
 
 
 def destroy_mesh() -> None:

@@ -20,6 +20,7 @@ from megatron_srpo.types import AlarmError, Completion, Floats, Request, Tokens
 
 CPU_ARGUMENTS: dict[str, Any] = {
     "enforce_eager": True,
+    "worker_cls": "megatron_srpo.engines.vllm.cpu_worker.OwnMemoryWorker",
     # The smallest block there: a cached prefix is reused in multiples of it.
     "block_size": 32,
     # vLLM 0.32 rewinds the generator of a seeded request whose prefill it cuts into chunks, and
@@ -47,6 +48,7 @@ class VllmGenerator:
                 str(folder),
                 dtype=dtype,
                 max_model_len=cfg.max_model_len,
+                tensor_parallel_size=cfg.tp,
                 max_num_seqs=cfg.max_num_seqs,
                 kv_cache_memory_bytes=cfg.kv_cache_bytes,
                 enable_prefix_caching=True,

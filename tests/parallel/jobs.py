@@ -1,0 +1,205 @@
+"""What the processes of the pool do: jobs on a mesh, and how tests look into a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.batching import mini_batches
+from megatron_srpo.config import LossConfig, OptimizerConfig
+from megatron_srpo.engines.fake import FakeGenerator
+from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
+from megatron_srpo.exchange import exchange
+from megatron_srpo.protocols import Generator
+from megatron_srpo.replica import LeaderReward, LeaderRule
+from megatron_srpo.types import AlarmError, Prompt, Reset, Rollout, Sample, Score, Tokens
+from tests.tiny import random_samples
+
+NUM_SAMPLES = 13
+TEMPERATURE = 0.8
+REINFORCE = LossConfig()
+PPO = LossConfig(
+    surrogate="ppo", kl_coef=0.1, importance="token_truncate", importance_cap=1.1,
+    updates_per_batch=2,
+)  # fmt: skip
+MAX_TOKENS = (1, 100, 100_000)
+"""A sequence per micro-batch, several, all."""
+Tensors = dict[str, torch.Tensor]
+
+
+def build_learner(
+    policy: Path, mesh: Mesh, *, loss: LossConfig = REINFORCE, warmup_steps: int = 0
+) -> MegatronLearner:
+    return MegatronLearner(
+        policy,
+        mesh,
+        dtype=torch.float32,
+        temperature=TEMPERATURE,
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4, clip_grad=0.05, warmup_steps=warmup_steps),
+        loss=loss,
+        num_steps=10,
+    )
+
+
+def hf_gradients(learner: MegatronLearner, mesh: Mesh) -> Tensors:
+    """The reduced gradient of every parameter; each data parallel rank holds part of the buffer."""
+    gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for buffer in learner.model.buffers:
+        for bucket in buffer.buckets:
+            shards = [torch.empty_like(s) for s in bucket.grad_data.chunk(mesh.dp_size)]
+            mine = bucket.grad_data.chunk(mesh.dp_size)[mesh.dp_rank].contiguous()
+            dist.all_gather(shards, mine, group=mesh.dp_group)
+            bucket.grad_data.copy_(torch.cat(shards))
+        for parameter, (start, end, _) in buffer.param_index_map.items():
+            gradients[parameter] = buffer.grad_data[start:end].view(parameter.shape)
+    local = {n: gradients[p] for n, p in local_parameters(learner.module).items()}
+    full = full_tensors(learner.module, learner._family, mesh, local)
+    return {name: tensor.clone() for name, tensor in full}
+
+
+def own_share(samples: Sequence[Sample], mesh: Mesh) -> Sequence[Sample]:
+    """As after rollouts: every rank of a replica holds what its replica made."""
+    return samples[mesh.replica :: mesh.num_replicas]
+
+
+def gradient(mesh: Mesh, policy: Path, max_tokens: int) -> tuple[dict[str, float], Tensors]:
+    learner = build_learner(policy, mesh)
+    samples = own_share(random_samples(NUM_SAMPLES, seed=1), mesh)
+    stats = learner.backward(exchange(samples, mesh, max_tokens=max_tokens))
+    gradients = hf_gradients(learner, mesh)
+    return stats, gradients if mesh.rank == 0 else {}
+
+
+def three_steps(mesh: Mesh, policy: Path) -> tuple[list[dict[str, float]], Tensors]:
+    learner = build_learner(policy, mesh)
+    stats: list[dict[str, float]] = []
+    for step in range(3):
+        samples = own_share(random_samples(5, seed=step), mesh)
+        stats.append(learner.update([exchange(samples, mesh, max_tokens=100)]))
+    exported = {name: tensor.clone() for name, tensor in learner.export()}
+    return stats, exported if mesh.rank == 0 else {}
+
+
+def updated(mesh: Mesh, policy: Path) -> tuple[dict[str, float], Tensors]:
+    """Two updates in one step, with every part of the loss."""
+    learner = build_learner(policy, mesh, loss=PPO)
+    samples = [replace(s, turn=i % 2) for i, s in enumerate(random_samples(10, seed=4))]
+    batches = [
+        exchange(own_share(turn, mesh), mesh, max_tokens=100, with_silent=True)
+        for turn in mini_batches(samples, PPO.updates_per_batch)
+    ]
+    stats = learner.update(batches)
+    return stats, {name: tensor.clone() for name, tensor in learner.export()}
+
+
+def exported(mesh: Mesh, policy: Path) -> Tensors:
+    return {name: tensor.clone() for name, tensor in build_learner(policy, mesh).export()}
+
+
+def logprobs(mesh: Mesh, policy: Path, temperature: float) -> list[tuple[Tokens, np.ndarray]]:
+    """Each copy of the policy is asked about other sequences."""
+    sequences = [s.token_ids for s in random_samples(4, seed=5 + mesh.dp_rank)]
+    found = build_learner(policy, mesh).logprobs(sequences, temperature=temperature)
+    return list(zip(sequences, found, strict=True))
+
+
+def not_a_number(mesh: Mesh, policy: Path) -> str:
+    """The message of the alarm, on every rank."""
+    learner = build_learner(policy, mesh)
+    samples = random_samples(4, seed=9)
+    with torch.no_grad():
+        for name, parameter in local_parameters(learner.module).items():
+            if name == "decoder.final_layernorm.weight":
+                parameter[0] = float("nan")
+    try:
+        learner.update([exchange(own_share(samples, mesh), mesh, max_tokens=100)])
+    except AlarmError as alarm:
+        return str(alarm)
+    return "no alarm"
+
+
+def exchanged(mesh: Mesh) -> tuple[int, list[str], float]:
+    """(slot, ids in the order of micro-batches, denominator)"""
+    samples = own_share(random_samples(NUM_SAMPLES, seed=1), mesh)
+    batch = exchange(samples, mesh, max_tokens=100)
+    ids = [id for micro_batch in batch.micro_batches for id in micro_batch.sample_ids]
+    return mesh.dp_rank, ids, batch.denominator
+
+
+def silent_samples(mesh: Mesh, with_silent: bool) -> tuple[int, float]:
+    """Of six samples: three with an advantage, two with a weight only, one with nothing."""
+    nothing, samples = np.zeros(1, np.float32), random_samples(6, seed=3)
+    for index, sample in enumerate(samples):
+        samples[index] = replace(
+            sample,
+            advantage=sample.advantage if index < 3 else sample.advantage * nothing,
+            loss_weight=sample.loss_weight if index < 5 else sample.loss_weight * nothing,
+        )
+    batch = exchange(own_share(samples, mesh), mesh, max_tokens=100, with_silent=with_silent)
+    return sum(len(m.sample_ids) for m in batch.micro_batches), batch.denominator
+
+
+PROMPT = Prompt(id="p", text="", token_ids=np.zeros(1, np.int32), answer="")
+
+
+def rewarded_by_rank(mesh: Mesh) -> float:
+    def reward(prompt: Prompt, response: str) -> Score:
+        return Score(value=float(mesh.rank), correct=False)
+
+    return LeaderReward(reward=reward, mesh=mesh)(PROMPT, "").value
+
+
+def reward_raises(mesh: Mesh) -> str:
+    def reward(prompt: Prompt, response: str) -> Score:
+        raise KeyError("no such answer")
+
+    try:
+        LeaderReward(reward=reward, mesh=mesh)(PROMPT, "")
+    except AlarmError as alarm:
+        return str(alarm)
+    return "no alarm"
+
+
+def reset_by_rank(mesh: Mesh) -> tuple[int | None, int]:
+    """(thought that counts, how often this rank's rule was asked)"""
+
+    class Rule:
+        asked = 0
+
+        def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+            self.asked += 1
+            return [Reset(seed_id="s", thought=mesh.rank, cause="rank")]
+
+    rule, generator = Rule(), FakeGenerator(lambda context, rng: "")
+    (reset,) = LeaderRule(rule=rule, mesh=mesh).choose([], generator)
+    return reset.thought, rule.asked
+
+
+def fail_on_rank_1(mesh: Mesh) -> None:
+    if mesh.rank == 1:
+        raise AlarmError("rank 1 fails")
+    mesh.gather(None)
+
+
+def rank_sum(mesh: Mesh) -> int:
+    return sum(mesh.gather(mesh.rank))
+
+
+def on_layout(mesh: Mesh, policy: Path) -> dict[str, Any]:
+    """All that the tests of a layout look at, in one job."""
+    return {
+        "gradients": {max_tokens: gradient(mesh, policy, max_tokens) for max_tokens in MAX_TOKENS},
+        "updated": updated(mesh, policy),
+        "steps": three_steps(mesh, policy),
+        "exported": exported(mesh, policy),
+        "logprobs": logprobs(mesh, policy, TEMPERATURE),
+        "alarm": not_a_number(mesh, policy),
+    }

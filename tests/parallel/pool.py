@@ -1,0 +1,113 @@
+"""Processes that live as long as the test session: a job pays for no imports but the first.
+
+A job is a function of a mesh. It runs on the first so many processes, which build their process
+groups for it and destroy them after it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import warnings
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from typing import Any
+
+from megatron_srpo.config import ParallelConfig
+
+NUM_PROCESSES = 4
+JOBS_OF_A_PROCESS = 20
+"""Megatron's caches and hooks keep a job's model alive, and with it the threads of its groups,
+which poll: after too many jobs they take all the time there is."""
+PATIENCE_S = 20
+"""So long the others may take to notice that one has failed."""
+
+
+class Pool:
+    """One executor per process: which rank runs where is then known."""
+
+    def __init__(self) -> None:
+        self._executors: list[ProcessPoolExecutor] = []
+        self._num_jobs = 0
+
+    def run(
+        self,
+        num: int,
+        job: Callable[..., Any],
+        *arguments: Any,
+        tp: int = 1,
+        pp: int = 1,
+        rollout_tp: int = 1,
+        timeout_s: float = 240,
+    ) -> list[Any]:
+        """What the job returned on each of `num` ranks; raises what a failed one raised."""
+        layout = {"parallel": ParallelConfig(tp=tp, pp=pp), "rollout_tp": rollout_tp}
+        port = _free_port()
+        futures = [
+            executor.submit(_on_rank, rank, num, port, layout, job, arguments)
+            for rank, executor in enumerate(self._first(num))
+        ]
+        done, others = wait(futures, timeout=timeout_s, return_when=FIRST_EXCEPTION)
+        failed = [future for future in done if future.exception() is not None]
+        if failed or others:
+            self._give_up_on(others)
+        if failed:
+            raise failed[0].exception()  # type: ignore[misc]
+        assert not others, f"{job.__name__} takes longer than {timeout_s} s"
+        return [pickle.loads(future.result()) for future in futures]
+
+    def _first(self, num: int) -> list[ProcessPoolExecutor]:
+        self._num_jobs += 1
+        if self._num_jobs % JOBS_OF_A_PROCESS == 0:
+            self.close()
+        context = get_context("spawn")
+        while len(self._executors) < num:
+            quiet = {"initializer": warnings.simplefilter, "initargs": ("ignore",)}
+            self._executors.append(ProcessPoolExecutor(1, mp_context=context, **quiet))
+        return self._executors[:num]
+
+    def _give_up_on(self, futures: set[Future[Any]]) -> None:
+        """Ranks that wait for one that has failed end with it, or are ended."""
+        if wait(futures, timeout=PATIENCE_S).not_done:
+            self.close()
+
+    def close(self) -> None:
+        for executor in self._executors:
+            for pid in list(executor._processes):
+                os.kill(pid, signal.SIGKILL)
+            executor.shutdown(cancel_futures=True)
+        self._executors.clear()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _on_rank(
+    rank: int,
+    num: int,
+    port: int,
+    layout: dict[str, Any],
+    job: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> bytes:
+    """Pickled here: left to multiprocessing, a tensor takes a shared file and a second."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
+
+    mesh = build_mesh(**layout)
+    try:
+        return pickle.dumps(job(mesh, *arguments))
+    finally:
+        destroy_mesh()
