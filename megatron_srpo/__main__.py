@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> None:
     elif arguments.command == "eval":
         from megatron_srpo.inputs import read_eval_inputs
 
-        held_out = read_eval_inputs(cfg, out=arguments.out)
+        held_out = read_eval_inputs(cfg, num_processes=num_processes, out=arguments.out)
         from megatron_srpo.evaluate_model import evaluate_model
 
         evaluate_model(cfg, held_out, out=arguments.out)

@@ -54,7 +54,8 @@ class Run:
     gpu: Colocation
     stopwatch: Stopwatch
     max_mismatch: float
-    """Nats; infinite in a replay, whose rollouts another policy may have sampled."""
+    """Nats; infinite where the trainer's log-probs need not be the rollouts': in a replay, which
+    another policy may have sampled, and with `rollout.top_p` below 1, which renormalises them."""
 
 
 def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Run:
@@ -70,6 +71,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
     )
     replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
     journal = Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica)
+    is_comparable = replay is None and cfg.rollout.top_p == 1
     live = partial(collect_groups, roles=roles, cfg=cfg)
     return Run(
         cfg=cfg,
@@ -101,7 +103,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         ),
         gpu=Colocation(stopwatch),
         stopwatch=stopwatch,
-        max_mismatch=float("inf") if replay else cfg.max_logprob_diff,
+        max_mismatch=cfg.max_logprob_diff if is_comparable else float("inf"),
     )
 
 

@@ -20,20 +20,22 @@ from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import Attempt, attempt_sums, evaluate, pass_at
 from megatron_srpo.inputs import EvalInputs
 from megatron_srpo.metrics import combine
+from megatron_srpo.replica import LeaderReward
 
 
 def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> None:
     """Prints one line of JSON, and one for people on stderr; writes every response to `out`."""
-    mesh = build_mesh()
+    mesh = build_mesh(rollout_tp=cfg.rollout.tp)
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
     share = evaluate(
-        inputs.held_out[mesh.rank :: mesh.world_size],
+        inputs.held_out[mesh.replica :: mesh.num_replicas],
         generator=engine,
         tokenizer=inputs.tokenizer,
-        reward=inputs.reward,
+        reward=LeaderReward(reward=inputs.reward, mesh=mesh),
         cfg=cfg,
     )
-    shares = mesh.gather(share)  # nobody leaves while another still works
+    # Nobody leaves while another still works; the ranks of a replica hold the same attempts.
+    shares = mesh.gather(share if mesh.is_leader else [])
     engine.close()
     destroy_mesh()
     if mesh.rank == 0:

@@ -93,10 +93,12 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     )
 
 
-def read_eval_inputs(cfg: Config, *, out: Path | None = None) -> EvalInputs:
+def read_eval_inputs(cfg: Config, *, num_processes: int, out: Path | None = None) -> EvalInputs:
     """Everything that `eval` needs of the user's files; `out` must be a file that can be made."""
     if out is not None:
         _check_new_file(out)
+    layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
+    check_layout(ParallelConfig(), read_config(cfg.model), **layout)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
     tensor_shapes(cfg.model)  # only for what it refuses

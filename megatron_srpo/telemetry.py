@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import types
 from collections.abc import Mapping
 
@@ -150,4 +151,5 @@ class Telemetry:
     ) -> None:
         if self._folder is not None and error is not None:
             self._log.write(f"stopped: {error}\n")
+            self._log.writelines(traceback.format_exception(error))
         self._exits.close()

@@ -147,7 +147,7 @@ class World:
         )
 
     def rollouts(self, cfg: Config) -> list[Group]:
-        inputs = read_inputs(cfg, num_replicas=1)
+        inputs = read_inputs(cfg, num_processes=1)
         source = prompt_set(cfg, inputs.prompts, replica=0, num_replicas=1)
         prompts = source.next(cfg.algorithm.num_prompts)
         return collect_groups(prompts, step=0, roles=self.roles(cfg, inputs), cfg=cfg)
@@ -158,7 +158,7 @@ class World:
     def weights(self, cfg: Config) -> dict[str, torch.Tensor]:
         """After two steps on the default samples of the journal."""
         learner = build_learner(cfg, self.mesh)
-        inputs = read_inputs(cfg, num_replicas=1)
+        inputs = read_inputs(cfg, num_processes=1)
         auxiliary = auxiliary_samples(cfg, inputs, {"replica": 0, "num_replicas": 1})
         for step in range(2):
             samples = self.samples(self.config()) + auxiliary(step)
@@ -171,7 +171,7 @@ class World:
         return {name: tensor.float().clone() for name, tensor in learner.export()}
 
     def evaluation(self, cfg: Config) -> dict[str, tuple[float, float]]:
-        inputs = read_inputs(cfg, num_replicas=1)
+        inputs = read_inputs(cfg, num_processes=1)
         return held_out_sums(inputs.held_out, self.roles(cfg, inputs), cfg)
 
 

@@ -107,10 +107,10 @@ class MegatronLearner:
         batches together, `loss` and `loss/demonstrations` are means over the steps, `grad_norm` is
         the largest.
         """
-        self._optimizer.advance()
+        lr = self._optimizer.advance()
         batches = [batch for batch in batches if batch.micro_batches]
         if not batches:
-            return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0}
+            return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0, "optimizer/lr": lr}
         passes = self._passes(batches)
         counters: list[Counters] = []
         grad_norms: list[float] = []
@@ -122,7 +122,7 @@ class MegatronLearner:
         metrics = to_metrics(add_counters(counters))
         for name in ("loss", "loss/demonstrations"):
             metrics[name] /= len(batches)
-        return {**metrics, "grad_norm": max(grad_norms)}
+        return {**metrics, "grad_norm": max(grad_norms), "optimizer/lr": lr}
 
     def backward(self, batch: Batch) -> dict[str, float]:
         """Gradients of a step's first batch, reduced over ranks, in the buffers; its metrics."""

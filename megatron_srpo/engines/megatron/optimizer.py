@@ -61,10 +61,11 @@ class MegatronAdam:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
-    def advance(self) -> None:
-        """The next learning rate; called before a step's updates, also if there are none."""
+    def advance(self) -> float:
+        """To the next learning rate, before a step's updates, also if there are none."""
         # Megatron's warm-up gives its first step a rate of 0; ours begins with 1/warmup_steps.
         self._schedule.step(1)
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def step(self) -> float:
         """Clip, step; returns the gradient norm before clipping."""
