@@ -158,6 +158,12 @@ class BytePairs:
         trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, show_progress=False)  # type: ignore[call-arg]
         self._tokenizer.train_from_iterator(texts, trainer)
 
+    def encode(self, text: str) -> Any:
+        raise NotImplementedError("rollouts are made up in tokens")
+
+    def encode_chat(self, messages: Any) -> Any:
+        raise NotImplementedError("rollouts are made up in tokens")
+
     def pieces(self, token_ids: Any) -> list[str]:
         """As `tokenizer.HFTokenizer` does it."""
         from tokenizers.decoders import DecodeStream
