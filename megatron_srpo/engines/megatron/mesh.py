@@ -114,9 +114,9 @@ def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -
     rank, world_size = dist.get_rank(), dist.get_world_size()
     replicas = np.arange(world_size).reshape(-1, rollout_tp).tolist()
     replica_group, _ = dist.new_subgroups_by_enumeration(replicas, backend="gloo")
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
-    dp_group = parallel_state.get_data_parallel_group()
+    tp_group = _known(parallel_state.get_tensor_model_parallel_group())
+    pp_group = _known(parallel_state.get_pipeline_model_parallel_group())
+    dp_group = _known(parallel_state.get_data_parallel_group())
     return Mesh(
         rank=rank,
         world_size=world_size,
