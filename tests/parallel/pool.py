@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import socket
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -75,11 +75,15 @@ class Pool:
             self.close()
 
     def close(self) -> None:
+        """Idle processes leave by themselves, and take shared memory with them; others are ended."""
+        processes = [p for executor in self._executors for p in executor._processes.values()]
         for executor in self._executors:
-            for pid in list(executor._processes):
-                os.kill(pid, signal.SIGKILL)
-            executor.shutdown(cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
         self._executors.clear()
+        deadline = time.monotonic() + PATIENCE_S
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
 
 
 def _free_port() -> int:
