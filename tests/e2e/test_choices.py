@@ -222,7 +222,8 @@ def difference(world: World, field: str, cfg: Config, other: Config) -> tuple[st
     if section in ROLLOUTS:
         return "rollouts", changed_rollouts(world.rollouts(cfg), world.rollouts(other))
     if section in UPDATE:
-        return "largest change of a weight", changed_weights(world.weights(cfg), world.weights(other))
+        largest = changed_weights(world.weights(cfg), world.weights(other))
+        return "largest change of a weight", largest
     one, two = world.evaluation(cfg), world.evaluation(other)
     return "eval metrics", sum(one.get(name) != two.get(name) for name in one | two)
 
