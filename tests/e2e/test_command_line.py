@@ -72,15 +72,29 @@ def test_the_same_seed_gives_a_byte_equal_journal_and_equal_metrics(folder: Path
     assert metrics(folder / "first") == metrics(again)
 
 
-def test_two_replicas_draw_and_learn_what_one_does(folder: Path) -> None:
-    run = folder / "two"
-    arguments = (folder / "config.yaml", *from_warm_start(folder), f"run_dir={run}")
+@pytest.mark.parametrize(
+    "layout", [(), ("parallel.tp=2", "rollout.tp=2"), ("parallel.pp=2",)], ids=" ".join
+)
+def test_two_processes_draw_and_learn_what_one_does(folder: Path, layout: tuple[str, ...]) -> None:
+    run = folder / f"two_{len(layout)}"
+    arguments = (folder / "config.yaml", *from_warm_start(folder), *layout, f"run_dir={run}")
     finish(start("train", *arguments, processes=2))
     alone, together = metrics(folder / "first"), metrics(run)
     assert len(alone) == len(together)
     for name, value in alone[0].items():  # later steps may draw otherwise after rounding
         tolerance = 2e-5 if name.startswith(("mismatch/", "sync/")) else 1e-6
         assert together[0][name] == pytest.approx(value, rel=1e-5, abs=tolerance), name
+
+
+def test_a_warm_start_over_tensor_parallel_processes_is_that_of_one(folder: Path) -> None:
+    losses: list[list[float]] = []
+    for processes, layout in ((1, ()), (2, ("parallel.tp=2",))):
+        run = folder / f"sft_{processes}"
+        finish(
+            start("sft", folder / "config.yaml", f"sft.run_dir={run}", *layout, processes=processes)
+        )
+        losses.append([line["loss"] for line in metrics(run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_replay_trains_on_the_journalled_rollouts_of_another_run(folder: Path) -> None:

@@ -75,7 +75,7 @@ class Pool:
             self.close()
 
     def close(self) -> None:
-        """Idle processes leave by themselves and take their shared memory along; others are ended."""
+        """Idle processes leave by themselves, with their shared memory; others are ended."""
         processes = [p for executor in self._executors for p in executor._processes.values()]
         for executor in self._executors:
             executor.shutdown(wait=False, cancel_futures=True)
