@@ -231,7 +231,7 @@ def another_architecture(folder: Path) -> str:
         (cut_the_weights, "model.safetensors: not readable as safetensors"),
         (another_architecture, "model_type 'gpt2' is not supported (supported: qwen2)"),
         (lambda folder: "data.max_prompt_tokens=5", "prompt 'train0' has 8 tokens"),
-        (lambda folder: "algorithm.num_rollouts=4", "num_rollouts=4 does not fit split=1x4"),
+        (lambda folder: "algorithm.num_rollouts=4", "num_rollouts=4 with split=1x4 has 0 base rollouts"),
         (lambda folder: "algorithm.num_prompts=0", "algorithm.num_prompts=0: Input should be"),
         (lambda folder: "algorithm.num_prompts=25", "24 prompts are fewer than a step's"),
         (lambda folder: "rollout.temprature=1", "did you mean 'rollout.temperature'?"),
