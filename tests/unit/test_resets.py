@@ -211,6 +211,23 @@ def test_a_depth_matched_reset_takes_the_share_that_was_named_for_the_next_seed(
     assert {reset.cause for reset in resets} == {"depth_matched"}
 
 
+def test_seeds_of_one_length_swap_their_depths_exactly():
+    # 15/22 of 22 is 14.999999999999998 as a float.
+    text = "\n".join("1" * 22)
+    replies = {"a=": r"\boxed{16}", "b=": r"\boxed{22}"}
+    generator = FakeGenerator(lambda context, rng: replies[context[:2]])
+    resets = DepthMatchedReset(config(), TOKENIZER).choose(seeds(text, text), generator)
+    assert [reset.thought for reset in resets] == [21, 15]
+
+
+def test_a_depth_matched_reset_is_skipped_where_the_next_seeds_was():
+    replies = {"a=": r"\boxed{2}", "b=": "none", "c=": r"\boxed{3}"}
+    generator = FakeGenerator(lambda context, rng: replies[context[:2]])
+    cfg = config(localize={"fallback": "skip"})
+    resets = DepthMatchedReset(cfg, TOKENIZER).choose(seeds(*["1\n2\n3"] * 3), generator)
+    assert [reset.thought for reset in resets] == [None, 2, 1]
+
+
 def test_a_depth_matched_reset_of_a_lonely_seed_is_random():
     generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
     lonely = [seeds("1\n2\n3\n4\n5\n6", step=step) for step in range(30)]
