@@ -57,7 +57,7 @@ def attempt(prompts: Sequence[Prompt], *, name: str, roles: Roles, cfg: Config) 
 
     # 2. Resets: each seed goes back to before the thought that is blamed.
     seeds = [seed for each in drawn for seed in each.seeds]
-    chosen = checked(roles.rule.choose(seeds, roles.generator), seeds) if seeds else []
+    chosen = checked(roles.rule.choose(seeds, roles.generator), seeds) if seeds else ()
     resets = {seed.id: go_back(r, seed, cfg) for r, seed in zip(chosen, seeds, strict=True)}
 
     # 3. Suffixes: independent rollouts from there; fresh ones for each seed that is not reset.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from megatron_srpo.types import InputError
 
@@ -33,7 +33,7 @@ def find(name: str, known: Mapping[str, T], *, key: str) -> T:
     found = getattr(_module(Path(file).resolve(), f"{key}={name}"), attribute, None)
     if not callable(found):
         raise InputError(f"{key}={name}: {file} defines no function or class {attribute!r}")
-    return found
+    return cast(T, found)
 
 
 def build(

@@ -68,7 +68,7 @@ MUTATIONS = (
         "roles.rule.choose(seeds, roles.generator)",
         "a rule's answer for another seed is taken for this one's"),
     Mutation("rule-asked-for-nothing", "algorithm.py",
-        ", seeds) if seeds else []", ", seeds)",
+        ", seeds) if seeds else ()", ", seeds)",
         "a rule is asked although nothing failed"),
     Mutation("resets-of-all", "algorithm.py",
         "own = [resets[seed.id] for seed in each.seeds]", "own = [*resets.values()]",
