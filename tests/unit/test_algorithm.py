@@ -6,18 +6,23 @@ compares the last line with the prompt's answer 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from megatron_srpo.algorithm import go_back, start_again
+from megatron_srpo.algorithm import collect_groups, go_back, start_again
 from megatron_srpo.draws import Drawn
 from megatron_srpo.engines.fake import FakeGenerator
+from megatron_srpo.protocols import Generator
 from megatron_srpo.rewards import last_line
-from megatron_srpo.types import Group, Prompt, Reset, Sample, Score
+from megatron_srpo.rollouts import Roles
+from megatron_srpo.types import Group, InputError, Prompt, Reset, Rollout, Sample, Score
 from tests.unit.builders import (
     MIXED_BASE,
     NAMED,
     SUFFIXES,
+    TOKENIZER,
     collect,
     config,
     ids,
@@ -212,6 +217,19 @@ def test_the_oracle_goes_back_to_before_the_first_wrong_thought():
     # The seed 5 6 2 is right in its first thought only.
     assert suffix.resets[0] == Reset(seed_id="0/p/base/1", thought=1, cause="oracle")
     assert requests(generator, "localize") == []
+
+
+class Confused:
+    """A rule that answers for a rollout that it was not asked about."""
+
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+        return [Reset(seed_id="another", thought=0, cause="mine") for _ in seeds]
+
+
+def test_a_rule_that_answers_for_another_rollout_is_refused():
+    roles = Roles(generator=scripted(NAMED), tokenizer=TOKENIZER, reward=last_line, rule=Confused())
+    with pytest.raises(InputError, match=r"the reset rule answered for \['another'\]"):
+        collect_groups([prompt()], step=0, roles=roles, cfg=config())
 
 
 def test_rrpo_never_asks_the_policy():

@@ -117,6 +117,28 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_not_asked_and_restarts
     assert [len(batch) for batch in generator.seen] == [1]
 
 
+def test_a_question_that_leaves_just_the_room_for_its_answer_is_asked():
+    cfg = config(
+        localize={"max_tokens": 20, "template": "{response}"}, rollout={"max_model_len": 52}
+    )
+    generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
+    resets = SelfReset(cfg, TOKENIZER).choose(seeds("1\n" * 16, "1\n" * 16 + "1"), generator)
+    assert [len(request.context) for (request,) in generator.seen] == [32]
+    assert [reset.cause for reset in resets] == ["named", "too_long"]
+
+
+@pytest.mark.parametrize("fallback", ["random", "skip"])
+def test_a_question_that_is_too_long_goes_where_the_config_says(fallback: str):
+    cfg = config(
+        localize={"max_tokens": 20, "template": "{response}" * 9, "fallback": fallback},
+        rollout={"max_model_len": 52},
+    )
+    many = [seed for step in range(12) for seed in seeds("1\n2\n3\n4\n5", step=step)]
+    resets = SelfReset(cfg, TOKENIZER).choose(many, SILENT)
+    expected = [random_thought(seed) if fallback == "random" else None for seed in many]
+    assert [(reset.thought, reset.cause) for reset in resets] == [(e, "too_long") for e in expected]
+
+
 def test_the_configs_parser_reads_the_answer():
     cfg = config(localize={"parser": "verdicts", "max_tokens": 64})
     generator = FakeGenerator(lambda context, rng: r"++- \boxed{1}")
