@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,23 @@ def test_every_field_of_every_group_comes_back_as_it_was(tmp_path: Path):
     groups = step_of("p") + step_of("q")
     journal(tmp_path).write(12, groups)
     assert plain(read_step(tmp_path, 12)) == plain(groups)
+
+
+def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path):
+    score = Score(value=np.float32(0.5), correct=np.bool_(True))  # type: ignore[arg-type]
+    scored = replace(rollout("1"), score=score)
+    reset = Reset(seed_id="r", thought=np.int64(1), cause="mine")  # type: ignore[arg-type]
+    journal(tmp_path).write(0, [group(scored, resets=(reset,))])
+    (back,) = read_step(tmp_path, 0)
+    assert repr(back.rollouts[0].score) == "Score(value=0.5, correct=True, failure=None)"
+    assert repr(back.resets[0]) == repr(Reset(seed_id="r", thought=1, cause="mine"))
+
+
+def test_what_json_cannot_hold_is_not_written(tmp_path: Path):
+    reset = Reset(seed_id="r", thought=None, cause=object())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        journal(tmp_path).write(0, [group(rollout("1"), resets=(reset,))])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_comparison_of_this_file_sees_every_field():
