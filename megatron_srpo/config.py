@@ -44,7 +44,7 @@ class AlgorithmConfig(Section):
     resets: str = "self"
     """none (GRPO); random (RRPO); self (SRPO): the thought that the policy blames; oracle: the
     first wrong one, where the task knows it; depth_matched: as deep as `self` went for another
-    prompt (a control); or your own rule, FILE.py:CLASS."""
+    seed (a control); or your own rule, FILE.py:CLASS."""
     num_prompts: Count = 16
     """Per step, over all replicas."""
     num_rollouts: Count = 8
