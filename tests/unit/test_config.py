@@ -6,9 +6,12 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from megatron_srpo import config as config_module
 from megatron_srpo.config import (
@@ -20,7 +23,7 @@ from megatron_srpo.config import (
     load_config,
 )
 from megatron_srpo.types import InputError
-from tests.unit.builders import DEFAULTS
+from tests.unit.builders import DEFAULTS, config
 
 PACKAGE = Path(config_module.__file__).parent
 
@@ -67,6 +70,16 @@ def test_a_dumped_config_is_the_same_config(tmp_path: Path):
     cfg = load_config(written(tmp_path), overrides)
     assert "é" in cfg.localize.template and cfg.optimizer.lr == 3e-7
     assert load_config(written(tmp_path, dump_config(cfg))) == cfg
+
+
+@given(st.text(st.sampled_from("$\\{}ab'\" :#\n\t1e5.é\x85\u2028"), min_size=1, max_size=8))
+@example("${seed}")
+@example("\\${seed}")  # a price in LaTeX
+@example("1e5")
+def test_a_dumped_text_is_read_as_the_same_text(text: str):
+    cfg = config(thoughts={"delimiter": text, "max_tokens": 4})
+    with TemporaryDirectory() as folder:
+        assert load_config(written(Path(folder), dump_config(cfg))) == cfg
 
 
 def test_a_dumped_config_writes_every_default_out(tmp_path: Path):
