@@ -77,8 +77,8 @@ def credited(groups: Sequence[Group], rule: CreditRule) -> Iterator[tuple[Rollou
     """
     trained = [group for group in groups if group.use == "train"]
     answer = rule.assign(trained)
-    wanted = [[rollout.token_ids.shape] * 2 for group in trained for rollout in group.rollouts]
-    found = [[part.shape for part in credit] for credits in answer for credit in credits]
+    wanted = [[[rollout.token_ids.shape] * 2 for rollout in group.rollouts] for group in trained]
+    found = [[[part.shape for part in credit] for credit in credits] for credits in answer]
     if found != wanted:
         raise InputError(
             "the credit rule must give (loss_weight, advantage), each as long as the response, "

@@ -6,6 +6,8 @@ A key that does not exist is an error that names the nearest right one. Lengths 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -44,7 +46,7 @@ class AlgorithmConfig(Section):
     resets: str = "self"
     """none (GRPO); random (RRPO); self (SRPO): the thought that the policy blames; oracle: the
     first wrong one, where the task knows it; depth_matched: as deep as `self` went for another
-    prompt (a control); or your own rule, FILE.py:CLASS."""
+    seed (a control); or your own rule, FILE.py:CLASS."""
     num_prompts: Count = 16
     """Per step, over all replicas."""
     num_rollouts: Count = 8
@@ -95,11 +97,8 @@ class AlgorithmConfig(Section):
                 f"base rollouts and needs {self.num_seeds} failed ones among them; give more "
                 "num_rollouts, or seeds=extra_draws"
             )
-        if (
-            self.num_seeds
-            and self.seeds == "extra_draws"
-            and (self.max_draws < self.num_base + self.num_seeds)
-        ):
+        num_drawn = self.num_base + self.num_seeds
+        if self.num_seeds and self.seeds == "extra_draws" and self.max_draws < num_drawn:
             raise ValueError(
                 f"max_draws={self.max_draws} is less than the {self.num_base} base rollouts and "
                 f"{self.num_seeds} seeds that are drawn"
@@ -298,10 +297,8 @@ class Config(Section):
                 f"rollout.max_model_len={self.rollout.max_model_len} is less than "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
             )
-        if self.algorithm.resets in (
-            "self",
-            "depth_matched",
-        ) and longest + self.localize.max_tokens > (self.rollout.max_model_len):
+        asks = self.algorithm.resets in ("self", "depth_matched")
+        if asks and longest + self.localize.max_tokens > self.rollout.max_model_len:
             raise ValueError(
                 f"rollout.max_model_len={self.rollout.max_model_len} leaves no room to localize: a "
                 f"prompt, its response and localize.max_tokens make up to "
@@ -369,8 +366,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(cfg: Config) -> str:
     """The resolved config as YAML, every default written out."""
-    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return text.replace("${", "\\${")  # loaded again, it is a text and no interpolation
+    # `${` is an interpolation unless a backslash stands before it; two of those stand for one.
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\\\${", cfg.model_dump_json())
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(escaped)))
 
 
 def field_names(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:

@@ -41,7 +41,7 @@ class Journal:
             logprobs=_flat([rollout.logprobs for rollout in rollouts], np.float32),
             lengths=np.array([len(rollout.token_ids) for rollout in rollouts]),
         )
-        lines = "".join(json.dumps(_row(group), ensure_ascii=False) + "\n" for group in groups)
+        lines = "".join(_line(_row(group)) for group in groups)
         _write_durably(stem.with_suffix(".npz"), arrays.getvalue())
         _write_durably(stem.with_suffix(".jsonl"), lines.encode())
 
@@ -110,6 +110,17 @@ def _row(group: Group) -> dict[str, Any]:
             for rollout in group.rollouts
         ],
     }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=_number) + "\n"
+
+
+def _number(value: Any) -> Any:
+    """Of numpy's, where a rule or reward of the user's gives one."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} cannot be written as JSON")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -100,20 +100,24 @@ class DepthMatchedReset:
 
     def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
         own = SelfReset(self.cfg, self.tokenizer).choose(seeds, generator)
-        shares = [
-            None if reset.thought is None else reset.thought / len(seed.thoughts)
-            for reset, seed in zip(own, seeds, strict=True)
-        ]
-        others = shares[1:] + shares[:1]
+        if len(seeds) == 1:
+            thoughts: list[int | None] = [random_thought(seeds[0], self.cfg.seed)]
+        else:
+            named = [
+                (reset.thought, len(seed.thoughts)) for reset, seed in zip(own, seeds, strict=True)
+            ]
+            others = named[1:] + named[:1]
+            thoughts = [_as_deep(seed, *other) for seed, other in zip(seeds, others, strict=True)]
         return [
-            replace(reset, thought=self._thought(seed, other, len(seeds)), cause="depth_matched")
-            for reset, seed, other in zip(own, seeds, others, strict=True)
+            replace(reset, thought=thought, cause="depth_matched")
+            for reset, thought in zip(own, thoughts, strict=True)
         ]
 
-    def _thought(self, seed: Rollout, share: float | None, num_seeds: int) -> int | None:
-        if num_seeds == 1:
-            return random_thought(seed, self.cfg.seed)
-        return None if share is None else int(share * len(seed.thoughts))
+
+def _as_deep(seed: Rollout, named: int | None, num_thoughts: int) -> int | None:
+    """The seed's thought that is as deep as thought `named` of `num_thoughts`, rounded down."""
+    # In whole numbers: as a float, 15/22 of 22 thoughts is 14.
+    return None if named is None else named * len(seed.thoughts) // num_thoughts
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,3 +150,18 @@ def text_of(token_ids: Any) -> str:
 def requests(generator: FakeGenerator, purpose: str) -> list[Request]:
     """Those that were made for one purpose, in order."""
     return [r for batch in generator.seen for r in batch if r.purpose == purpose]
+
+
+def ids(group: Group) -> list[str]:
+    return [rollout.id for rollout in group.rollouts]
+
+
+def names(stage: str, num: int, id: str = "p") -> list[str]:
+    return [f"0/{id}/{stage}/{index}" for index in range(num)]
+
+
+MIXED_BASE = responses("base", "5\n1", "5\n6\n2", "5\n7", "1")
+"""Right, wrong, wrong, right."""
+SUFFIXES = responses("suffix", "1", "8\n1", "9", "1")
+"""After "5\\n": right, right, wrong, right."""
+NAMED = MIXED_BASE | SUFFIXES | {"0/p/base/1/localize": r"\boxed{2}"}

@@ -130,6 +130,11 @@ def test_leaving_one_out_keeps_the_std_of_all():
     assert advantages(rewarded(0, 1), baseline="leave_one_out") == pytest.approx([-2, 2])
 
 
+def test_leaving_one_out_leaves_rewards_that_failed_out_too():
+    of = group(rollout("a"), rollout("a", failure="timeout"), rollout("a", reward=1.0))
+    assert advantages(of, baseline="leave_one_out", std="none") == [-1, 0, 1]
+
+
 def test_a_group_of_one_has_no_advantage_by_any_convention():
     for baseline in ("mean", "leave_one_out"):
         for std in ("population", "sample", "none"):
@@ -148,17 +153,24 @@ def test_token_means_give_every_own_token_the_same_weight():
 
 
 class Constant:
-    """Credit 1 with this weight on every token, or on one token fewer."""
+    """This weight and credit on every token, or on one token fewer."""
 
-    def __init__(self, weight: float, *, short: bool = False) -> None:
-        self._weight, self._short = weight, short
+    def __init__(self, weight: float, credit: float = 1.0, *, short: bool = False) -> None:
+        self._weight, self._value, self._short = weight, credit, short
 
     def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
         return [[self._credit(len(r.token_ids)) for r in g.rollouts] for g in groups]
 
     def _credit(self, length: int) -> tuple[Floats, Floats]:
         ones = np.ones(length - self._short, np.float32)
-        return ones * np.float32(self._weight), ones
+        return ones * np.float32(self._weight), ones * np.float32(self._value)
+
+
+class Ungrouped(Constant):
+    """The same in one list, for all groups together."""
+
+    def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
+        return [[credit for credits in super().assign(groups) for credit in credits]]
 
 
 def test_a_rule_sees_only_the_groups_that_are_trained():
@@ -172,6 +184,12 @@ def test_credit_that_does_not_fit_a_response_is_refused():
         [*credited([rewarded(1, 0)], Constant(1.0, short=True))]
 
 
-def test_credit_that_is_not_finite_is_refused_by_name():
+def test_credit_that_is_not_grouped_as_the_rollouts_are_is_refused():
+    with pytest.raises(InputError, match="for every rollout of every group"):
+        [*credited([rewarded(1, 0), rewarded(0, 1)], Ungrouped(1.0))]
+
+
+@pytest.mark.parametrize("weight, credit", [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_credit_that_is_not_finite_is_refused_by_name(weight: float, credit: float):
     with pytest.raises(InputError, match="the credit rule's answer for r0 is not finite"):
-        [*credited([rewarded(1, 0)], Constant(float("nan")))]
+        [*credited([rewarded(1, 0)], Constant(weight, credit))]

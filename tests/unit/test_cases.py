@@ -5,13 +5,15 @@ Letters: as in test_algorithm.py. A rollout is right or wrong by its last line.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_srpo.metrics import combine, rollout_sums
-from megatron_srpo.types import Group
+from megatron_srpo.rewards import last_line
+from megatron_srpo.types import Group, Prompt, Score
 from tests.unit.builders import (
     collect,
     config,
@@ -76,6 +78,22 @@ def test_the_suffixes_of_a_seed_that_was_not_found_are_fresh_rollouts_of_the_bas
     ]
     metrics = combine([rollout_sums(groups, config(algorithm={"split": "2x2"}))])
     assert metrics["reset/seed_found_rate"] == 0.5
+
+
+def test_a_skipped_reset_is_on_record_once_beside_one_that_is_not_skipped():
+    answers = responses("base", WRONG, RIGHT, WRONG, RIGHT) | {"0/p/base/0/localize": "hm"}
+    answers |= named("base", 2, at=2) | responses("extra", "1", "2")
+    answers |= {"0/p/suffix/2": "1", "0/p/suffix/3": "2"}
+    cfg = config(algorithm={"split": "2x2"}, localize={"fallback": "skip"})
+    groups = collect(scripted(answers), cfg=cfg)
+    assert [shape(group)[1][-2:] for group in groups] == [
+        ["extra/0", "extra/1"],
+        ["suffix/2", "suffix/3"],
+    ]
+    assert [[(r.seed_id, r.thought) for r in group.resets] for group in groups] == [
+        [("0/p/base/0", None)],
+        [("0/p/base/2", 1)],
+    ]
 
 
 @pytest.mark.parametrize("num_rollouts, split", [(9, "3x2"), (5, "1x4"), (12, "2x3"), (8, "7x1")])
@@ -197,6 +215,15 @@ def test_a_skipped_reset_is_on_record_and_its_rollouts_are_fresh_ones():
     assert "reset/thought_index_mean" not in metrics
 
 
+def test_skipped_resets_are_on_record_at_their_own_prompts():
+    answers = MIXED | {"0/p/base/1/localize": "hm"} | responses("extra", *"1212")
+    answers |= {name.replace("/p/", "/q/"): text for name, text in answers.items()}
+    cfg = config(localize={"fallback": "skip"})
+    groups = collect(scripted(answers), prompt(id="p"), prompt(id="q"), cfg=cfg)
+    resets = [[reset.seed_id for reset in group.resets] for group in groups]
+    assert resets == [["0/p/base/1"], ["0/q/base/1"]]
+
+
 @pytest.mark.parametrize(
     "offset, kept, moved_from", [(0, 2, None), (1, 1, 2), (2, 0, 2), (5, 0, 2)]
 )
@@ -236,6 +263,13 @@ def test_two_seeds_that_are_reset_to_the_same_state_share_a_group_unless_kept_se
         ["suffix/0", "suffix/1"],
         ["suffix/2", "suffix/3"],
     ]
+
+
+def test_prefixes_of_one_length_are_different_states():
+    answers = responses("base", WRONG, "4\n9", RIGHT, RIGHT) | named("base", 2, 2)
+    groups = run(answers | responses("suffix", *"1212"), split="2x2")
+    contexts = [[text_of(r.token_ids[: r.num_copied]) for r in g.rollouts] for g in groups[1:]]
+    assert contexts == [["5\n", "5\n"], ["4\n", "4\n"]]
 
 
 # --- truncated responses ------------------------------------------------------------------------
@@ -299,6 +333,34 @@ def test_a_prompt_with_signal_in_any_group_is_not_drawn_anew():
     ]
     # Whatever was drawn anew, a prompt takes part in the same update as it would have.
     assert {(s.id.split("/")[1], s.turn) for s in samples_of(groups)} == {("p", 0), ("q", 1)}
+
+
+def test_a_reward_that_failed_gives_a_prompt_no_signal():
+    def fails_on_x(prompt: Prompt, response: str) -> Score:
+        failure = "timeout" if "x" in response else None
+        return replace(last_line(prompt, response), failure=failure)
+
+    answers = responses("base", "x", *[RIGHT] * 3) | responses("extra", *"1111")
+    answers |= responses("base", *[RIGHT] * 4, step="0.1") | responses("extra", *"1112", step="0.1")
+    cfg = config(algorithm={"max_redraws": 1})
+    groups = collect(scripted(answers), cfg=cfg, reward=fails_on_x)
+    assert [group.use for group in groups] == ["replaced", "train"]
+
+
+def test_seed_draws_give_a_prompt_no_signal_and_stay_seeds_when_it_is_drawn_anew():
+    # One right and one wrong draw differ, but nothing learns from them; the suffixes agree.
+    answers: dict[str, str] = {}
+    for name, suffixes in (("0", "11111111"), ("0.1", "11111112")):
+        answers |= responses("base", RIGHT, WRONG, step=name)
+        answers |= {f"{name}/p/base/1/localize": r"\boxed{2}"}
+        answers |= responses("suffix", *suffixes, step=name)
+    groups = run(answers, split="1x8", seeds="extra_draws", max_redraws=1)
+    assert [(group.use, group.rollouts[0].id) for group in groups] == [
+        ("replaced", "0/p/suffix/0"),
+        ("seeds", "0/p/base/1"),
+        ("train", "0.1/p/suffix/0"),
+        ("seeds", "0.1/p/base/1"),
+    ]
 
 
 # --- sampling -----------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from megatron_srpo import config as config_module
 from megatron_srpo.config import (
@@ -20,7 +23,7 @@ from megatron_srpo.config import (
     load_config,
 )
 from megatron_srpo.types import InputError
-from tests.unit.builders import DEFAULTS
+from tests.unit.builders import DEFAULTS, config
 
 PACKAGE = Path(config_module.__file__).parent
 
@@ -67,6 +70,16 @@ def test_a_dumped_config_is_the_same_config(tmp_path: Path):
     cfg = load_config(written(tmp_path), overrides)
     assert "é" in cfg.localize.template and cfg.optimizer.lr == 3e-7
     assert load_config(written(tmp_path, dump_config(cfg))) == cfg
+
+
+@given(st.text(st.sampled_from("$\\{}ab'\" :#\n\t1e5.é\x85\u2028"), min_size=1, max_size=8))
+@example("${seed}")
+@example("\\${seed}")  # a price in LaTeX
+@example("1e5")
+def test_a_dumped_text_is_read_as_the_same_text(text: str):
+    cfg = config(thoughts={"delimiter": text, "max_tokens": 4})
+    with TemporaryDirectory() as folder:
+        assert load_config(written(Path(folder), dump_config(cfg))) == cfg
 
 
 def test_a_dumped_config_writes_every_default_out(tmp_path: Path):
@@ -185,6 +198,15 @@ def test_a_shape_that_cannot_be_drawn_says_why(
     assert refusal(tmp_path, *(f"algorithm.{o}" for o in overrides)) == f"algorithm: {message}"
 
 
+def test_a_shape_that_can_just_be_drawn_is_accepted():
+    in_group = AlgorithmConfig(num_rollouts=2, split="1x1")
+    assert in_group.num_base == in_group.num_seeds == 1
+    extra = AlgorithmConfig(seeds="extra_draws", max_draws=5)
+    assert extra.num_base + extra.num_seeds == 5
+    with pytest.raises(ValueError, match="max_draws=4 is less than the 4 base rollouts and 1"):
+        AlgorithmConfig(seeds="extra_draws", max_draws=4)
+
+
 def test_without_resets_no_shape_is_too_small(tmp_path: Path):
     overrides = ["resets=none", "num_rollouts=1", "seeds=extra_draws", "max_draws=1"]
     cfg = load_config(written(tmp_path), [f"algorithm.{override}" for override in overrides])
@@ -215,6 +237,30 @@ def test_without_resets_no_shape_is_too_small(tmp_path: Path):
 )
 def test_values_that_do_not_fit_each_other_name_both(tmp_path: Path, override: str, message: str):
     assert refusal(tmp_path, override) == message
+
+
+@pytest.mark.parametrize("resets", ["self", "depth_matched"])
+def test_rules_that_ask_the_policy_need_room_to_localize(tmp_path: Path, resets: str):
+    overrides = ["rollout.max_model_len=47", f"algorithm.resets={resets}"]
+    assert "leaves no room to localize" in refusal(tmp_path, *overrides)
+    cfg = load_config(written(tmp_path), ["rollout.max_model_len=47", "algorithm.resets=random"])
+    assert cfg.rollout.max_model_len == 47
+
+
+def test_a_nucleus_has_no_importance_weights(tmp_path: Path):
+    overrides = ["rollout.top_p=0.95", "loss.importance=token_mask"]
+    assert refusal(tmp_path, *overrides) == (
+        "config: loss.importance=token_mask needs log-probs over the whole vocabulary: "
+        "rollout.top_p must be 1, not 0.95"
+    )
+    assert load_config(written(tmp_path), overrides[:1]).rollout.top_p == 0.95
+
+
+def test_greedy_responses_are_not_sampled_twice(tmp_path: Path):
+    overrides = ["eval.temperature=0", "eval.num_samples=4"]
+    message = "eval: num_samples=4 greedy responses would be the same"
+    assert refusal(tmp_path, *overrides) == message
+    assert load_config(written(tmp_path), overrides[:1]).eval.temperature == 0
 
 
 def test_lengths_that_just_fit_are_accepted(tmp_path: Path):

@@ -56,6 +56,12 @@ def test_a_class_of_a_file_that_imports_what_lies_beside_it_is_built(file: str):
     assert type(rule).__name__ == "LastThought"
 
 
+def test_a_path_starts_in_the_working_folder(file: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(Path(file).parent)
+    found = find(f"{Path(file).name}:LastThought", RULES, key="algorithm.resets")
+    assert found is find(f"{file}:LastThought", RULES, key="algorithm.resets")
+
+
 def test_two_names_of_one_file_come_from_one_module(file: str):
     first, second = (find(f"{file}:{name}", RULES, key="k") for name in ("LastThought", "Other"))
     assert first.__module__ == second.__module__

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ HARD_TEXT = 'a "quote", a \\ backslash,\u2028 \u2029 \x85 \r\n\t\0 é 漢 🙂'
 
 
 def step_of(id: str) -> list[Group]:
-    """Two groups of one prompt, every field with a value of its own."""
+    """Two groups of one prompt; every field has a value that is not its default."""
     asked = Prompt(
         id=id,
         text=HARD_TEXT,
@@ -29,7 +30,7 @@ def step_of(id: str) -> list[Group]:
         solution=("5\n", "8"),
     )
     base = group(
-        rollout("5\n1", id=f"{id}/0", of=asked, reward=0.1, weight_version=3),
+        rollout("5\n1", id=f"{id}/0", of=asked, reward=0.1, weight_version=3, stage="extra"),
         rollout(HARD_TEXT, id=f"{id}/1", of=asked, failure="no\nverdict", num_cached_tokens=5),
         rollout("12345", id=f"{id}/2", of=asked, finish_reason="length"),
     )
@@ -42,7 +43,12 @@ def step_of(id: str) -> list[Group]:
         num_cached_tokens=6,
         moved_from=2,
     )
-    suffix = group(rollout("1234\n1", id=f"{id}/s", of=asked, num_copied=4), resets=(reset,))
+    skipped = Reset(seed_id=f"{id}/1", thought=None, cause="too_long")
+    suffix = group(
+        rollout("1234\n1", id=f"{id}/s", of=asked, num_copied=4, seed_id=f"{id}/2"),
+        resets=(reset, skipped),
+        use="replaced",
+    )
     return [base, suffix]
 
 
@@ -67,6 +73,23 @@ def test_every_field_of_every_group_comes_back_as_it_was(tmp_path: Path):
     groups = step_of("p") + step_of("q")
     journal(tmp_path).write(12, groups)
     assert plain(read_step(tmp_path, 12)) == plain(groups)
+
+
+def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path):
+    score = Score(value=np.float32(0.5), correct=np.bool_(True))  # type: ignore[arg-type]
+    scored = replace(rollout("1"), score=score)
+    reset = Reset(seed_id="r", thought=np.int64(1), cause="mine")  # type: ignore[arg-type]
+    journal(tmp_path).write(0, [group(scored, resets=(reset,))])
+    (back,) = read_step(tmp_path, 0)
+    assert repr(back.rollouts[0].score) == "Score(value=0.5, correct=True, failure=None)"
+    assert repr(back.resets[0]) == repr(Reset(seed_id="r", thought=1, cause="mine"))
+
+
+def test_what_json_cannot_hold_is_not_written(tmp_path: Path):
+    reset = Reset(seed_id="r", thought=None, cause=object())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        journal(tmp_path).write(0, [group(rollout("1"), resets=(reset,))])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_comparison_of_this_file_sees_every_field():
@@ -137,6 +160,32 @@ def test_a_half_written_part_is_ignored(tmp_path: Path):
     journal(tmp_path).write(5, step_of("q"))
     assert [g.prompt.id for g in read_step(tmp_path, 5)] == ["q", "q"]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_lines_are_written_after_their_arrays(tmp_path: Path):
+    (tmp_path / "000005-00000-of-00001.npz.partial").mkdir()  # arrays cannot be written here
+    with pytest.raises(IsADirectoryError):
+        journal(tmp_path).write(5, step_of("p"))
+    assert not list(tmp_path.glob("*.jsonl*"))
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[bool, list[str]]] = []
+
+    def look(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        seen.append((is_folder, sorted(file.suffix for file in tmp_path.iterdir())))
+
+    monkeypatch.setattr(os, "fsync", look)
+    journal(tmp_path).write(5, step_of("p"))
+    assert seen == [
+        (False, [".partial"]),
+        (True, [".npz"]),
+        (False, [".npz", ".partial"]),
+        (True, [".jsonl", ".npz"]),
+    ]
 
 
 def test_lines_without_their_arrays_are_a_missing_part(tmp_path: Path):

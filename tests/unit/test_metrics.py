@@ -74,12 +74,16 @@ def test_every_metric_of_a_step_is_the_one_counted_by_hand():
     )
 
 
-def reset_metrics(thought: int, cause: str = "named") -> dict[str, float]:
-    """Of one merged group whose seed 5 6 2 goes wrong in thought 1."""
-    reset = Reset(seed_id="k1", thought=thought, cause=cause)
+def base_and_reset(thought: int, cause: str = "named", moved_from: int | None = None) -> Group:
+    """One merged group whose seed 5 6 2 goes wrong in thought 1."""
+    reset = Reset(seed_id="k1", thought=thought, cause=cause, moved_from=moved_from)
     seed = rollout("5\n6\n2", id="k1", of=KNOWN)
     right = rollout("5\n1", id="s0", of=KNOWN, stage="suffix", seed_id="k1", reward=1.0)
-    return combine([rollout_sums([group(seed, right, resets=(reset,))], config())])
+    return group(seed, right, resets=(reset,))
+
+
+def reset_metrics(thought: int, cause: str = "named") -> dict[str, float]:
+    return combine([rollout_sums([base_and_reset(thought, cause)], config())])
 
 
 def test_a_reset_to_before_the_first_error_is_clean_without_being_exact():
@@ -94,6 +98,35 @@ def test_a_reset_that_keeps_the_first_error_is_neither_exact_nor_clean():
     assert (metrics["localize/exact_rate"], metrics["localize/clean_rate"]) == (0, 0)
     assert metrics["reset/erroneous_corrected_rate"] == 1
     assert "reset/clean_corrected_rate" not in metrics
+
+
+def test_a_verdict_is_judged_as_the_policy_gave_it_though_its_reset_was_moved():
+    # Thought 2 of 5 6 2 was named; the first error, 1, is where the offset went.
+    metrics = combine([rollout_sums([base_and_reset(1, moved_from=2)], config())])
+    assert (metrics["localize/exact_rate"], metrics["localize/clean_rate"]) == (0, 0)
+    assert metrics["reset/clean_corrected_rate"] == 1
+
+
+@pytest.mark.parametrize("cause", ["unparsed", "no_error", "too_long", "random", "depth_matched"])
+def test_only_a_verdict_is_judged(cause: str):
+    metrics = reset_metrics(1, cause)
+    assert not {"localize/exact_rate", "localize/clean_rate"} & set(metrics)
+    assert metrics["reset/clean_corrected_rate"] == 1
+
+
+def test_the_suffixes_of_a_reset_are_those_of_its_own_seed():
+    seeds = [rollout("5\n6\n2", id="k1", of=KNOWN), rollout("5\n6\n9", id="k2", of=KNOWN)]
+    resets = (
+        Reset(seed_id="k1", thought=0, cause="named"),
+        Reset(seed_id="k2", thought=2, cause="named"),
+    )
+    right, wrong = (
+        rollout(text, id=f"s{i}", of=KNOWN, stage="suffix", seed_id=f"k{i}", reward=reward)
+        for i, text, reward in ((1, "5\n1", 1.0), (2, "5\n2", 0.0))
+    )
+    metrics = combine([rollout_sums([group(*seeds, right, wrong, resets=resets)], config())])
+    assert metrics["reset/clean_corrected_rate"] == 1
+    assert metrics["reset/erroneous_corrected_rate"] == 0
 
 
 @pytest.mark.parametrize(
@@ -135,6 +168,37 @@ def test_replicas_add_up_to_the_metrics_of_all_their_groups():
     whole = combine([rollout_sums([base, suffix, fresh], config())])
     parts = [rollout_sums([fresh], config()), rollout_sums([base, suffix], config())]
     assert combine(parts) == pytest.approx(whole, rel=1e-12)
+
+
+def test_what_is_not_learned_from_is_in_the_token_counts_alone():
+    # Own tokens: base 2 + 2, seeds 4 + 2, replaced base 3 and suffix 3.
+    one, other = prompt(id="a"), prompt(id="b")
+    lost = Reset(seed_id="a2", thought=0, cause="unparsed", num_tokens=7, num_cached_tokens=5)
+    groups = [
+        group(rollout("12", id="a2", of=one), use="replaced"),
+        group(
+            rollout("5\n34", id="a3", of=one, num_copied=2, seed_id="a2", num_cached_tokens=11),
+            resets=(lost,),
+            use="replaced",
+        ),
+        group(rollout("1", id="a4", of=one, reward=1.0), rollout("2", id="a5", of=one)),
+        group(rollout("123", id="b0", of=other), rollout("4", id="b1", of=other), use="seeds"),
+    ]
+    cfg = config(algorithm={"num_rollouts": 4, "split": "2x1"})
+    metrics = combine([rollout_sums(groups, cfg)])
+    tokens = {name: value for name, value in metrics.items() if "tokens" in name}
+    assert tokens == {
+        "tokens/base": 4,
+        "tokens/seed": 6,
+        "tokens/replaced": 6,
+        "tokens/localize": 7,
+        "tokens/prefix_cached": 16,
+        "reset/prefix_cached_tokens": 11,
+    }
+    assert metrics["reward/mean"] == 1 / 2
+    assert metrics["group/num_mean"] == metrics["group/redrawn_rate"] == 1 / 2
+    assert metrics["reset/seed_found_rate"] == 0
+    assert not {name for name in metrics if name.startswith("localize/")}
 
 
 def test_quotients_are_divided_after_they_are_added():

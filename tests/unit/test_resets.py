@@ -117,6 +117,28 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_not_asked_and_restarts
     assert [len(batch) for batch in generator.seen] == [1]
 
 
+def test_a_question_that_leaves_just_the_room_for_its_answer_is_asked():
+    cfg = config(
+        localize={"max_tokens": 20, "template": "{response}"}, rollout={"max_model_len": 52}
+    )
+    generator = FakeGenerator(lambda context, rng: r"\boxed{2}")
+    resets = SelfReset(cfg, TOKENIZER).choose(seeds("1\n" * 16, "1\n" * 16 + "1"), generator)
+    assert [len(request.context) for (request,) in generator.seen] == [32]
+    assert [reset.cause for reset in resets] == ["named", "too_long"]
+
+
+@pytest.mark.parametrize("fallback", ["random", "skip"])
+def test_a_question_that_is_too_long_goes_where_the_config_says(fallback: str):
+    cfg = config(
+        localize={"max_tokens": 20, "template": "{response}" * 9, "fallback": fallback},
+        rollout={"max_model_len": 52},
+    )
+    many = [seed for step in range(12) for seed in seeds("1\n2\n3\n4\n5", step=step)]
+    resets = SelfReset(cfg, TOKENIZER).choose(many, SILENT)
+    expected = [random_thought(seed) if fallback == "random" else None for seed in many]
+    assert [(reset.thought, reset.cause) for reset in resets] == [(e, "too_long") for e in expected]
+
+
 def test_the_configs_parser_reads_the_answer():
     cfg = config(localize={"parser": "verdicts", "max_tokens": 64})
     generator = FakeGenerator(lambda context, rng: r"++- \boxed{1}")
@@ -209,6 +231,23 @@ def test_a_depth_matched_reset_takes_the_share_that_was_named_for_the_next_seed(
     assert [reset.thought for reset in resets] == [1, 0, 4]
     assert [reset.answer for reset in resets] == [*replies.values()]
     assert {reset.cause for reset in resets} == {"depth_matched"}
+
+
+def test_seeds_of_one_length_swap_their_depths_exactly():
+    # 15/22 of 22 is 14.999999999999998 as a float.
+    text = "\n".join("1" * 22)
+    replies = {"a=": r"\boxed{16}", "b=": r"\boxed{22}"}
+    generator = FakeGenerator(lambda context, rng: replies[context[:2]])
+    resets = DepthMatchedReset(config(), TOKENIZER).choose(seeds(text, text), generator)
+    assert [reset.thought for reset in resets] == [21, 15]
+
+
+def test_a_depth_matched_reset_is_skipped_where_the_next_seeds_was():
+    replies = {"a=": r"\boxed{2}", "b=": "none", "c=": r"\boxed{3}"}
+    generator = FakeGenerator(lambda context, rng: replies[context[:2]])
+    cfg = config(localize={"fallback": "skip"})
+    resets = DepthMatchedReset(cfg, TOKENIZER).choose(seeds(*["1\n2\n3"] * 3), generator)
+    assert [reset.thought for reset in resets] == [None, 2, 1]
 
 
 def test_a_depth_matched_reset_of_a_lonely_seed_is_random():
