@@ -2,7 +2,7 @@
 # make test    unit, parallel and end-to-end tests
 # make check   lint, types, architecture, unit tests
 #
-# make train ARGS="algorithm.method=grpo run_dir=runs/grpo" passes overrides on.
+# make train ARGS="algorithm.resets=none run_dir=runs/grpo" passes overrides on.
 
 PYTHON ?= python3
 VENV := .venv

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_srpo.config import Config
 from megatron_srpo.protocols import CreditRule
-from megatron_srpo.types import Floats, Group, InputError, Rollout
+from megatron_srpo.types import AlarmError, Floats, Group, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +73,24 @@ CREDITS: dict[str, Callable[[Config], CreditRule]] = {"group": GroupNormalized}
 def credited(groups: Sequence[Group], rule: CreditRule) -> Iterator[tuple[Rollout, Floats, Floats]]:
     """(rollout, loss_weight [T], advantage [T]) of every rollout that is trained.
 
-    Raises `InputError` if the rule's answer does not fit the rollouts or is not finite.
+    Raises `AlarmError` if the rule's answer does not fit the rollouts, is not finite, or weighs
+    anything by less than nothing.
     """
     trained = [group for group in groups if group.use == "train"]
-    answer = rule.assign(trained)
+    answer = [
+        [[np.asarray(part, np.float32) for part in credit] for credit in credits]
+        for credits in rule.assign(trained)
+    ]
     wanted = [[[rollout.token_ids.shape] * 2 for rollout in group.rollouts] for group in trained]
-    found = [[[part.shape for part in credit] for credit in credits] for credits in answer]
-    if found != wanted:
-        raise InputError(
+    if [[[part.shape for part in credit] for credit in credits] for credits in answer] != wanted:
+        raise AlarmError(
             "the credit rule must give (loss_weight, advantage), each as long as the response, "
             "for every rollout of every group"
         )
     for group, credits in zip(trained, answer, strict=True):
         for rollout, (loss_weight, advantage) in zip(group.rollouts, credits, strict=True):
             if not (np.isfinite(loss_weight).all() and np.isfinite(advantage).all()):
-                raise InputError(f"the credit rule's answer for {rollout.id} is not finite")
+                raise AlarmError(f"the credit rule's answer for {rollout.id} is not finite")
+            if (loss_weight < 0).any():
+                raise AlarmError(f"the credit rule gave {rollout.id} a negative loss_weight")
             yield rollout, loss_weight, advantage

@@ -147,6 +147,5 @@ def auxiliary_samples(
         order=EpochOrder(len(inputs.retained), counter_seed(cfg.seed, "retention")),
         num_samples=cfg.retention.num_samples,
         weight=cfg.retention.weight,
-        num_rollouts=cfg.algorithm.num_prompts * cfg.algorithm.num_rollouts,
         **replica,
     ).samples

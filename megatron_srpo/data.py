@@ -129,7 +129,7 @@ def read_demonstrations(path: Path, tokenizer: Tokenizer) -> list[tuple[Tokens, 
 
 
 def demonstration_sample(
-    id: str, prompt: Tokens, response: Tokens, *, weight: float, count: float
+    id: str, prompt: Tokens, response: Tokens, *, weight: float, count: float, turn: int = 0
 ) -> Sample:
     """Cross entropy as a sample: advantage 1 on every response token, their mean times `weight`."""
     num_prompt, num_response = len(prompt), len(response)
@@ -142,6 +142,7 @@ def demonstration_sample(
         advantage=np.ones_like(loss_weight),
         logprob=np.full_like(loss_weight, np.nan),
         count=count,
+        turn=turn,
     )
 
 

@@ -7,6 +7,7 @@ sample travels once to each rank that holds a part of the copy which the plan na
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,15 +26,28 @@ def exchange(
     """
     own = samples if mesh.is_leader else ()
     trained = [s for s in own if s.is_trained or (with_silent and np.any(s.loss_weight))]
-    shares = mesh.gather(([len(s.token_ids) - 1 for s in trained], sum(s.count for s in own)))
-    denominator = sum(count for _, count in shares)
-    lengths = [length for share, _ in shares for length in share]
-    if not lengths or not denominator:
+    shares = mesh.gather(
+        (
+            [len(sample.token_ids) - 1 for sample in trained],
+            sum(sample.count for sample in own),
+            sum(sample.is_auxiliary for sample in own),
+        )
+    )
+    lengths = [length for share, _, _ in shares for length in share]
+    # Where nothing but auxiliary samples is left, they are divided by nothing but their number.
+    denominator = sum(count for _, count, _ in shares) or 1.0
+    num_auxiliary = sum(number for _, _, number in shares)
+    if not lengths:
         return Batch(micro_batches=(), denominator=denominator)
     plan = plan_micro_batches(lengths, num_ranks=mesh.dp_size, max_tokens=max_tokens)
 
-    first = sum(len(share) for share, _ in shares[: mesh.rank])
-    mine = {first + offset: sample for offset, sample in enumerate(trained)}
+    first = sum(len(share) for share, _, _ in shares[: mesh.rank])
+    mine = {
+        first + offset: _times(sample, denominator / num_auxiliary)
+        if sample.is_auxiliary
+        else sample
+        for offset, sample in enumerate(trained)
+    }
     outgoing = [
         {index: mine[index] for bin in plan[slot] for index in bin if index in mine}
         for slot in mesh.slots
@@ -45,3 +59,7 @@ def exchange(
         micro_batches=tuple(pack([here[index] for index in bin]) for bin in plan[mesh.dp_rank]),
         denominator=denominator,
     )
+
+
+def _times(sample: Sample, factor: float) -> Sample:
+    return replace(sample, loss_weight=sample.loss_weight * np.float32(factor))

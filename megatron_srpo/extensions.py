@@ -7,6 +7,7 @@ resets: my_rules.py:LastThought   LastThought of the file my_rules.py
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ def find(name: str, known: Mapping[str, T], *, key: str) -> T:
         raise InputError(f"{key}={name}: must be one of {', '.join(known)}, or FILE.py:NAME")
     if not Path(file).is_file():
         raise InputError(f"{key}={name}: no such file: {file}")
+    if not Path(file).stem.isidentifier():
+        raise InputError(f"{key}={name}: {Path(file).name} is no name that Python can import")
     found = getattr(_module(Path(file).resolve(), f"{key}={name}"), attribute, None)
     if not callable(found):
         raise InputError(f"{key}={name}: {file} defines no function or class {attribute!r}")
@@ -42,9 +45,11 @@ def build(
     """An object of the class that `find` finds. `InputError` if it does not keep its protocol."""
     make = find(name, known, key=key)
     try:
-        built = make(*arguments)
+        inspect.signature(make).bind(*arguments)
     except TypeError as error:
-        raise InputError(f"{key}={name}: {error}") from error
+        given = ", ".join(type(argument).__name__ for argument in arguments)
+        raise InputError(f"{key}={name}: cannot be built with ({given}): {error}") from error
+    built = make(*arguments)
     if not isinstance(built, role):
         raise InputError(f"{key}={name}: lacks the methods of protocols.{role.__name__}")
     return built

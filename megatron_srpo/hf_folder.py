@@ -25,6 +25,10 @@ REQUIRED = (
     "num_attention_heads", "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
 """Of config.json, what every model needs."""
+COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 """Not copied into a new folder: they hold the old weights."""
 
@@ -37,12 +41,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in config]
     if missing:
         raise InputError(f"{folder / 'config.json'}: has no {missing[0]!r}")
+    for key in COUNTS:
+        count = config.get(key)
+        if count is not None and not (isinstance(count, int) and count > 0):
+            raise InputError(f"{folder / 'config.json'}: {key} must be a number, not {count!r}")
     return config
 
 
 def num_kv_heads(config: Mapping[str, Any]) -> int:
     """As many as query heads where config.json does not say."""
-    return config.get("num_key_value_heads", config["num_attention_heads"])
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
 
 
 def head_size(config: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.advantages import CREDITS
-from megatron_srpo.config import Config, ParallelConfig
+from megatron_srpo.config import Config, ParallelConfig, load_config
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.extensions import build, find
 from megatron_srpo.hf_folder import (
@@ -204,7 +204,19 @@ def _check_engine_fits(cfg: Config) -> None:
 
 
 def _check_replay(cfg: Config, prompts: Sequence[Prompt], replay: Path) -> None:
-    """The journal has every step's rollouts of the very prompts that this run will draw."""
+    """The journal has every step's rollouts of the very prompts that this run will draw.
+
+    Importance weights compare log-probs: there the rollouts must have been sampled as this run
+    would sample them.
+    """
+    if cfg.loss.importance != "none":
+        sampled = load_config(replay / "config.yaml").rollout
+        if (sampled.temperature, sampled.top_p) != (cfg.rollout.temperature, cfg.rollout.top_p):
+            raise InputError(
+                f"{replay}: was sampled at temperature {sampled.temperature:g} and top_p "
+                f"{sampled.top_p:g}: loss.importance={cfg.loss.importance} means nothing there "
+                f"for a policy at {cfg.rollout.temperature:g} and {cfg.rollout.top_p:g}"
+            )
     order = prompt_set(cfg, prompts, replica=0, num_replicas=1)
     for step in range(cfg.num_steps):
         ids = [prompt.id for prompt in order.next(cfg.algorithm.num_prompts)]

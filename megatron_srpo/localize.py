@@ -3,7 +3,7 @@
     failed rollout -> prompt for the same policy -> its answer -> index of a thought
 
 The policy is told only that the final answer is wrong, never the right one. Template and parser
-are chosen in the config; the answer's tokens are never trained on (paper section 3; DESIGN 4).
+are chosen in the config; the answer's tokens are never trained on (paper section 3).
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ def rollout_sums(groups: Sequence[Group], cfg: Config) -> Sums:
     replaced = {group.prompt.id for group in groups if group.use == "replaced"}
     add("group/num_mean", len(trained), len(prompts))
     add("group/redrawn_rate", len(replaced), len(prompts))
-    found = sum(len(group.resets) for group in trained)
-    add("reset/seed_found_rate", found, len(prompts) * cfg.algorithm.num_seeds)
+    if cfg.algorithm.num_seeds:
+        found = sum(len(group.resets) for group in trained)
+        add("reset/seed_found_rate", found, len(prompts) * cfg.algorithm.num_seeds)
     by_id = {rollout.id: rollout for group in groups for rollout in group.rollouts}
     for group in trained:
         for reset in group.resets:
@@ -116,7 +117,7 @@ def _add_verdict(reset: Reset, truth: int, group: Group, add: Add) -> None:
         add("localize/clean_rate", _chosen(reset) <= truth)
     kind = "clean" if reset.thought <= truth else "erroneous"
     for rollout in group.rollouts:
-        if rollout.seed_id == reset.seed_id:
+        if rollout.seed_id == reset.seed_id and rollout.score.failure is None:
             add(f"reset/{kind}_corrected_rate", rollout.score.correct)
 
 

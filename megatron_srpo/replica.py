@@ -1,18 +1,19 @@
 """One will per replica: what its leader decides, all its ranks do.
 
 The ranks of a rollout engine must send it the same requests, or they wait for each other for ever.
-A reward may be a service or a clock, a rule may read a file: their answers are the leader's.
+A reward may be a service or a clock, a rule may read a file: only the leader runs them.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.protocols import Generator, ResetRule, Reward
-from megatron_srpo.types import AlarmError, Prompt, Reset, Rollout, Score
+from megatron_srpo.types import AlarmError, Completion, Prompt, Request, Reset, Rollout, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,40 +24,88 @@ class LeaderReward:
     mesh: Mesh
 
     def __call__(self, prompt: Prompt, response: str) -> Score:
-        """Raises `AlarmError` on every rank of the replica if the leader's reward raises."""
+        """Raises `AlarmError` on every rank of the replica if the leader's reward raises, or gives
+        anything but a `Score` with a finite value."""
         score: Score | None = None
         try:
             if self.mesh.is_leader:
-                score = self.reward(prompt, response)
+                score = _checked(self.reward(prompt, response))
         finally:  # whatever was raised: the other ranks wait for a word
-            score, failure = self.mesh.share((score, _what_is_raised(score)))
-            if failure is not None:
+            score, failure = self.mesh.share((score, _what_is_raised()))
+            if failure is not None and not _is_leaving():
                 raise AlarmError(f"the reward of prompt {prompt.id!r} raised {failure}")
         assert score is not None, "the leader said neither a score nor what was wrong"
         return score
 
 
+def _checked(score: Score) -> Score:
+    if not isinstance(score, Score):
+        raise TypeError(f"it must give a Score, not {score!r}")
+    if not math.isfinite(score.value):
+        raise ValueError(f"the value of a Score must be finite, not {score.value}")
+    return Score(value=float(score.value), correct=bool(score.correct), failure=score.failure)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaderRule:
-    """Implements `protocols.ResetRule`; all ranks ask it, for it may drive their engine."""
+    """Implements `protocols.ResetRule`; only the leader asks the rule.
+
+    What the rule asks of the engine, the other ranks hear of and ask too.
+    """
 
     rule: ResetRule
     mesh: Mesh
 
     def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
         """Raises `AlarmError` on every rank of the replica if the leader's rule raises."""
+        if not self.mesh.is_leader:
+            return self._follow(generator)
         resets: list[Reset] | None = None
         try:
-            resets = self.rule.choose(seeds, generator)
+            resets = self.rule.choose(seeds, Announced(generator=generator, mesh=self.mesh))
         finally:
-            resets, failure = self.mesh.share((resets, _what_is_raised(resets)))
-            if failure is not None:
+            failure = _what_is_raised()
+            self.mesh.share(Answer(resets=resets, failure=failure))
+            if failure is not None and not _is_leaving():
                 raise AlarmError(f"the reset rule raised {failure}")
-        assert resets is not None, "the leader said neither resets nor what was wrong"
-        return resets
+        return resets or []
+
+    def _follow(self, generator: Generator) -> list[Reset]:
+        while not isinstance(said := self.mesh.share(None), Answer):
+            for _ in generator.generate(said or ()):
+                pass
+        if said.failure is not None:
+            raise AlarmError(f"the reset rule raised {said.failure}")
+        return said.resets or []
 
 
-def _what_is_raised(answer: object | None) -> str | None:
-    """In words, where there is no answer: an exception need not survive the way to another rank."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The leader's last word on a rule; until then it sends lists of requests."""
+
+    resets: list[Reset] | None
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announced:
+    """Implements `protocols.Generator` for the leader: the replica's other ranks generate along."""
+
+    generator: Generator
+    mesh: Mesh
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """To the end, also if nobody looks at it: the others cannot stop half-way."""
+        self.mesh.share(list(requests))
+        return iter([*self.generator.generate(requests)])
+
+
+def _what_is_raised() -> str | None:
+    """In one line: an exception need not survive the way to another rank."""
     error = sys.exception()
-    return None if answer is not None or error is None else f"{type(error).__name__}: {error}"
+    return None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _is_leaving() -> bool:
+    """Somebody wants this process to end: nothing is wrong with what it was doing."""
+    return isinstance(sys.exception(), KeyboardInterrupt | SystemExit)

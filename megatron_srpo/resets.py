@@ -8,16 +8,18 @@ all it needs (`protocols.ResetRule`).
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from megatron_srpo.config import Config
 from megatron_srpo.localize import PARSERS, localization_context
 from megatron_srpo.protocols import Generator, ResetRule, Tokenizer
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.thoughts import body
-from megatron_srpo.types import Completion, InputError, Request, Reset, Rollout
+from megatron_srpo.types import AlarmError, Completion, Request, Reset, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +91,10 @@ class SelfReset:
 
 @dataclass(frozen=True, slots=True)
 class DepthMatchedReset:
-    """A control: as deep, in share of thoughts, as the policy's verdict on *another* seed.
+    """A control: as deep, in share of thoughts, as the policy's verdict on another prompt's seed.
 
     Depths are distributed as with `SelfReset`, and so is the cost, but a depth says nothing about
-    its own seed. A seed that is alone in its step has no other: any of its thoughts, uniformly.
+    its own seed. Where no other prompt has a seed: any of the seed's thoughts, uniformly.
     """
 
     cfg: Config
@@ -100,18 +102,18 @@ class DepthMatchedReset:
 
     def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
         own = SelfReset(self.cfg, self.tokenizer).choose(seeds, generator)
-        if len(seeds) == 1:
-            thoughts: list[int | None] = [random_thought(seeds[0], self.cfg.seed)]
-        else:
-            named = [
-                (reset.thought, len(seed.thoughts)) for reset, seed in zip(own, seeds, strict=True)
-            ]
-            others = named[1:] + named[:1]
-            thoughts = [_as_deep(seed, *other) for seed, other in zip(seeds, others, strict=True)]
-        return [
-            replace(reset, thought=thought, cause="depth_matched")
-            for reset, thought in zip(own, thoughts, strict=True)
-        ]
+        resets: list[Reset] = []
+        for index, (seed, asked) in enumerate(zip(seeds, own, strict=True)):
+            after = [*range(index + 1, len(seeds)), *range(index)]
+            other = next((i for i in after if seeds[i].prompt.id != seed.prompt.id), None)
+            if other is None:
+                thought: int | None = random_thought(seed, self.cfg.seed)
+            else:
+                thought = _as_deep(seed, own[other].thought, len(seeds[other].thoughts))
+            # Why an answer names nothing stays on record; what it names is not what happens.
+            cause = "depth_matched" if asked.cause == "named" else asked.cause
+            resets.append(replace(asked, thought=thought, cause=cause))
+        return resets
 
 
 def _as_deep(seed: Rollout, named: int | None, num_thoughts: int) -> int | None:
@@ -159,17 +161,26 @@ RULES: dict[str, Callable[[Config, Tokenizer], ResetRule]] = {
 }
 
 
-def checked(resets: Sequence[Reset], seeds: Sequence[Rollout]) -> Sequence[Reset]:
-    """The same resets; `InputError` unless there is one for each seed, to one of its thoughts."""
+def checked(resets: Sequence[Reset], seeds: Sequence[Rollout]) -> list[Reset]:
+    """The same resets; `AlarmError` unless there is one for each seed, to one of its thoughts."""
+    given: Any = resets
+    if not isinstance(given, Sequence) or not all(
+        isinstance(reset, Reset) for reset in cast(Any, given)
+    ):
+        raise AlarmError(f"the reset rule must give a list of Resets, not {given!r}")
+    good: list[Reset] = []
     if [reset.seed_id for reset in resets] != [seed.id for seed in seeds]:
-        raise InputError(
+        raise AlarmError(
             f"the reset rule answered for {[reset.seed_id for reset in resets]}; it was asked for "
             f"one reset for each of {[seed.id for seed in seeds]}, in this order"
         )
     for reset, seed in zip(resets, seeds, strict=True):
-        if reset.thought is not None and reset.thought not in range(len(seed.thoughts)):
-            raise InputError(
-                f"the reset rule chose thought {reset.thought} of rollout {seed.id}, which has "
+        # A rule may count in numpy.
+        thought = None if reset.thought is None else operator.index(reset.thought)
+        if thought is not None and thought not in range(len(seed.thoughts)):
+            raise AlarmError(
+                f"the reset rule chose thought {thought} of rollout {seed.id}, which has "
                 f"thoughts 0 to {len(seed.thoughts) - 1}"
             )
-    return resets
+        good.append(replace(reset, thought=thought))
+    return good

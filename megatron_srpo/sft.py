@@ -88,20 +88,19 @@ class Retention:
     num_samples: int
     """Per step, over all replicas."""
     weight: float
-    num_rollouts: float
-    """The step's denominator, by which the learner will divide."""
     replica: int
     num_replicas: int
 
     def samples(self, step: int) -> list[Sample]:
-        """This replica's share; they count nothing in the denominator."""
+        """This replica's share; auxiliary samples, divided among the step's updates in turn."""
         positions = _share(step, self.num_samples, self.replica, self.num_replicas)
         return [
             demonstration_sample(
                 f"retention/{position}",
                 *self.demonstrations[self.order[position]],
-                weight=self.weight * self.num_rollouts / self.num_samples,
+                weight=self.weight,
                 count=0.0,
+                turn=position,
             )
             for position in positions
         ]

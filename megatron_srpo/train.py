@@ -69,7 +69,7 @@ def loop(run: Run, telemetry: Telemetry) -> None:
         check_mismatch(stats, run.max_mismatch, step)
         with gpu.syncing():
             synced = run.weight_sync(version=step + 1)
-        metrics = step_metrics(run, groups, evaluated) | stats | synced
+        metrics = step_metrics(run, groups, evaluated) | meant(stats, cfg) | synced
         telemetry.log(step, metrics, summary(metrics))
     with gpu.generating():
         last = of_replicas(run.evaluate(), run.mesh)
@@ -84,6 +84,12 @@ def check_mismatch(stats: dict[str, float], bound: float, step: int) -> None:
             f"step {step}: the trainer's log-probs differ from the rollout engine's by "
             f"{difference:.2g} nats on a trained token (max_logprob_diff={bound:g})"
         )
+
+
+def meant(stats: dict[str, float], cfg: Config) -> dict[str, float]:
+    """Without the mismatch of a trainer and an engine that samples from a nucleus only."""
+    has_nucleus = cfg.rollout.top_p < 1
+    return {n: v for n, v in stats.items() if not (has_nucleus and n.startswith("mismatch/"))}
 
 
 def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
@@ -108,8 +114,9 @@ def summary(metrics: dict[str, float]) -> str:
         "reward": metrics.get("reward/mean"),
         "pass": metrics.get("pass_rate/base"),
         "suffix": metrics.get("pass_rate/suffix"),
-        "held-out": next((v for k, v in metrics.items() if "/pass_at_" in k), None),
     }
+    held_out = {int(n.rpartition("_")[2]): v for n, v in metrics.items() if "/pass_at_" in n}
+    shown |= {f"held-out pass@{k}": held_out[k] for k in sorted(held_out)[:1]}
     words = [f"{name} {value:.2f}" for name, value in shown.items() if value is not None]
     if "speed/tokens_per_s" in metrics:
         words.append(f"{metrics['speed/tokens_per_s']:.0f} tok/s")

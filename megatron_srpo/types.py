@@ -198,8 +198,11 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """Its rewards, those that could be computed, are not all equal."""
-        return len({r.score.value for r in self.rollouts if r.score.failure is None}) > 1
+        """Its rewards, those that could be computed, are not all equal but for rounding."""
+        rewards = [r.score.value for r in self.rollouts if r.score.failure is None]
+        if not rewards:
+            return False
+        return max(rewards) - min(rewards) > 1e-8 * max(1.0, *map(abs, rewards))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -216,7 +219,8 @@ class Sample:
     logprob: Floats
     """[T] behaviour policy's, nats; NaN where unknown (demonstrations)."""
     count: float
-    """Its share of the global denominator; 0 for an auxiliary loss."""
+    """Its share of the global denominator. 0 with a weight: an auxiliary sample, beside the policy
+    loss; the loss then holds the mean of all auxiliary samples' weighted sums."""
     turn: int = 0
     """Of n updates in a step, it takes part in number `turn` modulo n."""
 
@@ -226,6 +230,10 @@ class Sample:
     @property
     def is_trained(self) -> bool:
         return bool(np.any(self.loss_weight * self.advantage))
+
+    @property
+    def is_auxiliary(self) -> bool:
+        return self.count == 0 and self.is_trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,6 +1,6 @@
 """Is the response right?   (Prompt, response text) -> Score
 
-A new reward is one file here: a function with the signature of `protocols.Reward`.
+The package's own rewards; one of yours is named in the config, `reward: FILE.py:FUNCTION`.
 """
 
 from __future__ import annotations

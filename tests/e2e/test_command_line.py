@@ -110,6 +110,24 @@ def test_a_replay_trains_on_the_journalled_rollouts_of_another_run(folder: Path)
     ).read_bytes()
 
 
+def test_importance_weights_of_rollouts_that_were_sampled_otherwise_are_refused(
+    folder: Path,
+) -> None:
+    process = start(
+        "train",
+        folder / "config.yaml",
+        *from_warm_start(folder),
+        f"run_dir={folder / 'weighted'}",
+        "loss.importance=token_truncate",
+        "rollout.temperature=0.9",
+        "--replay",
+        folder / "first",
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and len(output.strip().splitlines()) == 1, output
+    assert "first: was sampled at temperature 1 and top_p 1: loss.importance=" in output
+
+
 def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
     before = Qwen2ForCausalLM.from_pretrained(folder / "sft" / "hf").state_dict()
     after = Qwen2ForCausalLM.from_pretrained(folder / "first" / "hf").state_dict()
@@ -214,6 +232,17 @@ def spoil_the_encoding(folder: Path) -> str:
     return "num_steps=1"
 
 
+def set_in_model(key: str, value: object) -> Callable[[Path], str]:
+    """config.json of the model gets this value."""
+
+    def breakage(folder: Path) -> str:
+        path = folder / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        return "num_steps=1"
+
+    return breakage
+
+
 def another_architecture(folder: Path) -> str:
     path = folder / "model" / "config.json"
     path.write_text(path.read_text().replace('"qwen2"', '"gpt2"'))
@@ -229,9 +258,13 @@ def another_architecture(folder: Path) -> str:
         (double_an_id, "train.jsonl: row 25 has the id 'train0' of an earlier row"),
         (swap_the_tokenizer, "the tokenizer does not belong to the model"),
         (cut_the_weights, "model.safetensors: not readable as safetensors"),
+        (set_in_model("num_attention_heads", "4"), "num_attention_heads must be a number, not '4'"),
         (another_architecture, "model_type 'gpt2' is not supported (supported: qwen2)"),
         (lambda folder: "data.max_prompt_tokens=5", "prompt 'train0' has 8 tokens"),
-        (lambda folder: "algorithm.num_rollouts=4", "num_rollouts=4 with split=1x4 has 0 base rollouts"),
+        (
+            lambda folder: "algorithm.num_rollouts=4",
+            "num_rollouts=4 with split=1x4 has 0 base rollouts",
+        ),
         (lambda folder: "algorithm.num_prompts=0", "algorithm.num_prompts=0: Input should be"),
         (lambda folder: "algorithm.num_prompts=25", "24 prompts are fewer than a step's"),
         (lambda folder: "rollout.temprature=1", "did you mean 'rollout.temperature'?"),

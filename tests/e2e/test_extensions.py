@@ -76,7 +76,10 @@ def test_a_users_credit_trains_tokens_that_the_packages_own_masks(folder: Path) 
     [
         ("algorithm.resets=nowhere.py:Rule", "algorithm.resets=nowhere.py:Rule: no such file"),
         ("reward=vibes", "reward=vibes: must be one of last_line, boxed, or FILE.py:NAME"),
-        ("credit.rule={folder}/my_rules.py:LastThought", "but 2 were given"),
+        (
+            "credit.rule={folder}/my_rules.py:LastThought",
+            "cannot be built with (Config): missing a required argument: 'tokenizer'",
+        ),
     ],
 )
 def test_a_part_that_does_not_fit_gets_one_line(folder: Path, override: str, message: str) -> None:
@@ -85,6 +88,7 @@ def test_a_part_that_does_not_fit_gets_one_line(folder: Path, override: str, mes
     process = start("train", folder / "config.yaml", filled, f"run_dir={run}")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and len(output.strip().splitlines()) == 1, output
+    assert message in output
     assert not run.exists()
 
 
@@ -96,8 +100,9 @@ def test_a_rule_that_names_no_thought_of_its_seed_stops_the_run_with_one_line(
     rule = f"algorithm.resets={folder / 'my_wrong_rules.py'}:LastThought"
     process = start("train", folder / "config.yaml", rule, f"run_dir={folder / 'wrong'}")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert process.returncode == 1
     assert "the reset rule chose thought" in output.strip().splitlines()[-1]
+    assert "Traceback" in (folder / "wrong/log.txt").read_text()
 
 
 def test_the_papers_preset_trains_on_a_toy_task(tmp_path: Path) -> None:

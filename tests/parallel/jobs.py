@@ -20,7 +20,7 @@ from megatron_srpo.engines.megatron.weights import full_tensors, local_parameter
 from megatron_srpo.exchange import exchange
 from megatron_srpo.protocols import Generator
 from megatron_srpo.replica import LeaderReward, LeaderRule
-from megatron_srpo.types import AlarmError, Prompt, Reset, Rollout, Sample, Score, Tokens
+from megatron_srpo.types import AlarmError, Prompt, Request, Reset, Rollout, Sample, Score, Tokens
 from tests.tiny import random_samples
 
 NUM_SAMPLES = 13
@@ -168,19 +168,58 @@ def reward_raises(mesh: Mesh) -> str:
     return "no alarm"
 
 
-def reset_by_rank(mesh: Mesh) -> tuple[int | None, int]:
-    """(thought that counts, how often this rank's rule was asked)"""
+def reset_by_rank(mesh: Mesh) -> tuple[int | None, int, list[str]]:
+    """(thought that counts, how often this rank's rule was asked, what its engine was asked)
+
+    The rule asks for other requests on every rank, and looks at the first answer only.
+    """
 
     class Rule:
         asked = 0
 
         def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
             self.asked += 1
+            for number in range(2):
+                next(generator.generate([_request(f"{mesh.rank}/{number}/{i}") for i in range(3)]))
             return [Reset(seed_id="s", thought=mesh.rank, cause="rank")]
 
     rule, generator = Rule(), FakeGenerator(lambda context, rng: "")
     (reset,) = LeaderRule(rule=rule, mesh=mesh).choose([], generator)
-    return reset.thought, rule.asked
+    return reset.thought, rule.asked, [r.id for batch in generator.seen for r in batch]
+
+
+def _request(id: str) -> Request:
+    return Request(
+        id=id, purpose="localize", context=PROMPT.token_ids, max_tokens=1, temperature=1.0, seed=0
+    )
+
+
+def rule_raises(mesh: Mesh, on_rank: int) -> str:
+    """After one call of the engine."""
+
+    class Rule:
+        def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+            [*generator.generate([_request("r")])]
+            if mesh.rank == on_rank:
+                raise OSError("no such\nfile")
+            return []
+
+    try:
+        LeaderRule(rule=Rule(), mesh=mesh).choose([], FakeGenerator(lambda context, rng: ""))
+    except AlarmError as alarm:
+        return str(alarm)
+    return "no alarm"
+
+
+def reward_gives(mesh: Mesh, given: object) -> str:
+    def reward(prompt: Prompt, response: str) -> Any:
+        return given
+
+    try:
+        score = LeaderReward(reward=reward, mesh=mesh)(PROMPT, "")
+    except AlarmError as alarm:
+        return str(alarm)
+    return f"{type(score.value).__name__} {type(score.correct).__name__}"
 
 
 def fail_on_rank_1(mesh: Mesh) -> None:

@@ -165,9 +165,45 @@ def test_a_reward_that_raises_on_the_leader_raises_the_same_on_its_ranks_and_han
     assert messages == ["the reward of prompt 'p' raised KeyError: 'no such answer'"] * 2
 
 
-def test_the_leader_s_reset_is_its_replica_s_and_every_rank_is_asked(pool: Pool) -> None:
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "raised TypeError: it must give a Score, not None"),
+        (0.5, "raised TypeError: it must give a Score, not 0.5"),
+        (
+            Score(value=float("nan"), correct=False),
+            "raised ValueError: the value of a Score must be finite, not nan",
+        ),
+        (Score(value=np.float32(1), correct=np.bool_(True)), "float bool"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_reward_gives_a_plain_finite_score_or_stops_the_run(
+    pool: Pool, given: object, message: str
+) -> None:
+    for found in pool.run(2, jobs.reward_gives, given, rollout_tp=2):
+        assert found.endswith(message)
+
+
+def test_only_the_leader_s_rule_is_asked_and_its_ranks_generate_what_it_asks_for(
+    pool: Pool,
+) -> None:
     found = pool.run(4, jobs.reset_by_rank, rollout_tp=2)
-    assert found == [(0, 1), (0, 1), (2, 1), (2, 1)]
+    for rank, (thought, num_asked, requests) in enumerate(found):
+        leader = rank // 2 * 2
+        assert thought == leader
+        assert num_asked == (rank == leader)
+        assert requests == [f"{leader}/{number}/{i}" for number in range(2) for i in range(3)]
+
+
+def test_a_rule_that_raises_on_the_leader_raises_the_same_on_its_ranks_and_hangs_none(
+    pool: Pool,
+) -> None:
+    messages = pool.run(2, jobs.rule_raises, 0, rollout_tp=2)
+    assert messages == ["the reset rule raised OSError: no such file"] * 2
+
+
+def test_a_rule_that_would_raise_on_another_rank_is_not_asked_there(pool: Pool) -> None:
+    assert pool.run(2, jobs.rule_raises, 1, rollout_tp=2) == ["no alarm"] * 2
 
 
 def test_a_failed_rank_fails_its_job_and_leaves_the_pool_usable(pool: Pool) -> None:

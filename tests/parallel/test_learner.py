@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.batching import pack
+from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.logprobs import token_entropies
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.exchange import exchange
@@ -71,6 +73,26 @@ def test_samples_without_advantage_change_only_the_denominator(policy: Path, mes
     loss, gradients = loss_and_gradients(policy, samples[:3])
     halved = {name: gradient / 2 for name, gradient in gradients.items()}
     assert_gradient(stats, hf_gradients(learner, mesh), (loss / 2, halved))
+
+
+@pytest.mark.parametrize("count", [1.0, 40.0, 0.0])
+def test_an_auxiliary_loss_is_its_weight_times_its_mean_whatever_the_denominator(
+    mesh: Mesh, count: float
+) -> None:
+    """The policy's samples count 1 each (means of sequences), 40 (tokens), nothing (all masked)."""
+    nothing = np.float32(count > 0)
+    policy = [
+        replace(sample, count=count, loss_weight=sample.loss_weight * nothing)
+        for sample in random_samples(5, seed=1)
+    ]
+    tokens = np.arange(2, 12, dtype=np.int32)
+    shown = [
+        demonstration_sample(f"d{i}", tokens[:2], tokens[2 : 5 + i], weight=0.1, count=0.0)
+        for i in range(3)
+    ]
+    batch = exchange([*policy, *shown], mesh, max_tokens=1000)
+    total = sum(m.loss_weight[np.isnan(m.logprob)].sum() for m in batch.micro_batches)
+    assert total / batch.denominator == pytest.approx(0.1, rel=1e-6)
 
 
 def test_three_adamw_steps_follow_torch(policy: Path, mesh: Mesh) -> None:

@@ -109,7 +109,7 @@ def sample(id: str, tokens: Sequence[int], **fields: Any) -> Sample:
 def scripted(answers: Mapping[str, str], *, run_seed: int = 0) -> FakeGenerator:
     """Answers by name: "step/prompt/stage/index", or a seed's name and "/localize".
 
-    The names become seeds as DESIGN says, so a request with another seed has no answer.
+    The names become seeds, so a request with another seed has no answer.
     """
     by_draw = {
         random.Random(counter_seed(run_seed, name)).random(): text for name, text in answers.items()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_srpo.advantages import GroupNormalized, credited
-from megatron_srpo.types import Floats, Group, InputError
+from megatron_srpo.types import AlarmError, Floats, Group
 from tests.unit.builders import config, group, rewarded, rollout
 
 VALUES = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))
@@ -180,16 +180,27 @@ def test_a_rule_sees_only_the_groups_that_are_trained():
 
 
 def test_credit_that_does_not_fit_a_response_is_refused():
-    with pytest.raises(InputError, match="each as long as the response"):
+    with pytest.raises(AlarmError, match="each as long as the response"):
         [*credited([rewarded(1, 0)], Constant(1.0, short=True))]
 
 
 def test_credit_that_is_not_grouped_as_the_rollouts_are_is_refused():
-    with pytest.raises(InputError, match="for every rollout of every group"):
+    with pytest.raises(AlarmError, match="for every rollout of every group"):
         [*credited([rewarded(1, 0), rewarded(0, 1)], Ungrouped(1.0))]
 
 
 @pytest.mark.parametrize("weight, credit", [(float("nan"), 1.0), (1.0, float("inf"))])
 def test_credit_that_is_not_finite_is_refused_by_name(weight: float, credit: float):
-    with pytest.raises(InputError, match="the credit rule's answer for r0 is not finite"):
+    with pytest.raises(AlarmError, match="the credit rule's answer for r0 is not finite"):
         [*credited([rewarded(1, 0)], Constant(weight, credit))]
+
+
+def test_credit_that_weighs_less_than_nothing_is_refused_by_name():
+    with pytest.raises(AlarmError, match="gave r0 a negative loss_weight"):
+        [*credited([rewarded(1, 0)], Constant(-1.0))]
+
+
+@pytest.mark.parametrize("rewards", [(0.1 + 0.2, 0.3, 0.3), (1e-200, 2e-200), (1e9, 1e9 + 1e-6)])
+def test_rewards_that_differ_by_rounding_alone_are_no_signal(rewards: tuple[float, ...]):
+    assert not rewarded(*rewards).has_signal
+    assert advantages(rewarded(*rewards)) == [0.0] * len(rewards)

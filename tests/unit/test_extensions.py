@@ -75,7 +75,10 @@ def test_two_names_of_one_file_come_from_one_module(file: str):
         ("nowhere/rules.py:Last", "k=nowhere/rules.py:Last: no such file: nowhere/rules.py"),
         ("{file}:Missing", "defines no function or class 'Missing'"),
         ("{file}:NUMBER", "defines no function or class 'NUMBER'"),
-        ("{file}:Other", "Other.__init__() takes 1 positional argument but 3 were given"),
+        (
+            "{file}:Other",
+            "Other: cannot be built with (Config, CharTokenizer): too many positional arguments",
+        ),
         ("{file}:Nothing", "lacks the methods of protocols.ResetRule"),
     ],
 )
@@ -104,3 +107,17 @@ def test_a_file_with_the_name_of_another_module_is_refused(tmp_path: Path):
     path.write_text(RULE)
     with pytest.raises(InputError, match="Python knows another module 'json': rename the file"):
         find(f"{path}:LastThought", RULES, key="k")
+
+
+def test_a_file_that_cannot_be_imported_by_its_name_is_refused(tmp_path: Path):
+    path = tmp_path / "rules.v2.py"
+    path.write_text(RULE)
+    with pytest.raises(InputError, match=r"rules.v2.py is no name that Python can import"):
+        find(f"{path}:LastThought", RULES, key="k")
+
+
+def test_a_constructor_that_fails_for_a_reason_of_its_own_shows_it(tmp_path: Path):
+    path = tmp_path / "rules_that_fail.py"
+    path.write_text("class Rule:\n    def __init__(self, cfg, tokenizer):\n        len(cfg)\n")
+    with pytest.raises(TypeError, match="has no len"):
+        build(f"{path}:Rule", RULES, ResetRule, config(), TOKENIZER, key="k")

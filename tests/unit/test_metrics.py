@@ -212,3 +212,21 @@ def test_a_step_without_resets_says_so():
     metrics = combine([rollout_sums([group(*rollouts)], config())])
     assert metrics["reset/seed_found_rate"] == 0
     assert "reset/thought_index_mean" not in metrics
+
+
+def test_a_suffix_whose_reward_failed_is_neither_corrected_nor_not():
+    reset = Reset(seed_id="k1", thought=1, cause="named")
+    seed = rollout("5\n6\n2", id="k1", of=KNOWN)
+    suffixes = [
+        rollout("5\n1", id=f"s{i}", of=KNOWN, num_copied=2, seed_id="k1", **fields)
+        for i, fields in enumerate(({"reward": 1.0}, {}, {"failure": "timeout"}))
+    ]
+    groups = [group(seed), group(*suffixes, resets=(reset,))]
+    metrics = combine([rollout_sums(groups, config())])
+    assert metrics["reset/clean_corrected_rate"] == metrics["pass_rate/suffix"] == 0.5
+
+
+def test_a_method_without_seeds_says_nothing_of_finding_them():
+    cfg = config(algorithm={"resets": "none"})
+    metrics = combine([rollout_sums([group(rollout("1", reward=1.0))], cfg)])
+    assert "reset/seed_found_rate" not in metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from megatron_srpo.engines.fake import FakeGenerator
@@ -17,7 +18,7 @@ from megatron_srpo.resets import (
     first_wrong_thought,
 )
 from megatron_srpo.seeding import counter_seed
-from megatron_srpo.types import InputError, Reset, Rollout
+from megatron_srpo.types import AlarmError, Reset, Rollout
 from tests.unit.builders import TOKENIZER, config, prompt, rollout, text_of
 
 SILENT = FakeGenerator(lambda context, rng: "")
@@ -271,6 +272,33 @@ def test_a_depth_matched_reset_of_a_lonely_seed_is_random():
     ],
 )
 def test_a_reset_that_fits_no_seed_is_refused(resets: list[Reset], message: str):
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(AlarmError) as refused:
         checked(resets, seeds("1\n2"))
     assert message in str(refused.value)
+
+
+def test_a_rule_may_count_in_numpy_and_must_give_a_list_of_resets():
+    (seed,) = seeds("1\n2")
+    given = Reset(seed_id=seed.id, thought=np.int64(1), cause="mine")  # type: ignore[arg-type]
+    (reset,) = checked([given], [seed])
+    assert type(reset.thought) is int and reset.thought == 1
+    for wrong in (None, [0], 5):
+        with pytest.raises(AlarmError, match="the reset rule must give a list of Resets, not"):
+            checked(wrong, [seed])  # type: ignore[arg-type]
+
+
+def test_a_depth_is_never_that_of_the_same_prompts_other_seed():
+    a, b = seeds("1\n2\n3\n4", "5\n6\n7\n8")
+    again = rollout("1\n2\n3\n4", id="0/a/base/1", of=a.prompt)
+    replies = {"a": r"\boxed{1}", "b": r"\boxed{4}"}
+    generator = FakeGenerator(lambda context, rng: replies[context[0]])
+    found = DepthMatchedReset(config(), TOKENIZER).choose([a, again, b], generator)
+    # a's two seeds were both sent to thought 0, b's to thought 3.
+    assert [reset.thought for reset in found] == [3, 3, 0]
+
+
+def test_a_depth_matched_reset_keeps_on_record_why_its_own_answer_named_nothing():
+    replies = {"a=": "hm", "b=": r"\boxed{0}", "c=": r"\boxed{2}"}
+    generator = FakeGenerator(lambda context, rng: replies[context[:2]])
+    found = DepthMatchedReset(config(), TOKENIZER).choose(seeds("1\n2", "3\n4", "5\n6"), generator)
+    assert [reset.cause for reset in found] == ["unparsed", "no_error", "depth_matched"]
