@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_srpo.hf_folder import read_tensors
-from megatron_srpo.types import AlarmError
+from megatron_srpo.types import AlarmError, Score
 from tests.parallel import jobs, reference
 from tests.parallel.pool import Pool
 from tests.tiny import random_samples, reference_logprobs, write_policy
