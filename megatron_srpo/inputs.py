@@ -14,6 +14,7 @@ from typing import Any
 from megatron_srpo.advantages import CREDITS
 from megatron_srpo.config import Config, ParallelConfig, load_config
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.extensions import build, find
 from megatron_srpo.hf_folder import (
     head_size,
@@ -67,6 +68,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(cfg.parallel, read_config(cfg.model), **layout)
     _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
+    family_of(cfg.model)  # only for what it refuses
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
     prompts, dropped = _read_prompts(cfg.data.train, tokenizer, cfg)
@@ -121,6 +123,7 @@ def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, To
         raise InputError(
             f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_processes} processes"
         )
+    family_of(cfg.sft.model)
     weight_files(cfg.sft.model)
     return read_demonstrations(cfg.sft.data, HFTokenizer(cfg.sft.model))
 

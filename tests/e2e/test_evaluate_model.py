@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.small_run import write_small_run
+from tests.e2e.test_command_line import refused
 from tests.launch import unlaunched_environment
 
 
@@ -141,10 +142,9 @@ def test_more_processes_than_problems_still_evaluate_each_problem_once(config: P
 def test_bad_input_gets_one_line_and_exit_code_2(
     config: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    done = evaluated(config, *(word.format(folder=config.parent) for word in arguments))
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    code, output = refused("eval", config, *(w.format(folder=config.parent) for w in arguments))
+    assert code == 2, output
+    assert message in output and len(output.splitlines()) == 1
 
 
 def test_a_model_whose_weights_are_cut_off_is_refused(tmp_path: Path) -> None:

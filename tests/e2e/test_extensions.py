@@ -10,7 +10,7 @@ import pytest
 
 from megatron_srpo.journal import read_step
 from tests.e2e.small_run import write_small_run
-from tests.e2e.test_command_line import finish, metrics, start
+from tests.e2e.test_command_line import finish, metrics, refused, start
 
 ROOT = Path(__file__).resolve().parents[2]
 CREDIT = """
@@ -85,9 +85,8 @@ def test_a_users_credit_trains_tokens_that_the_packages_own_masks(folder: Path) 
 def test_a_part_that_does_not_fit_gets_one_line(folder: Path, override: str, message: str) -> None:
     run = folder / "refused"
     filled = override.replace("{folder}", str(folder))
-    process = start("train", folder / "config.yaml", filled, f"run_dir={run}")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and len(output.strip().splitlines()) == 1, output
+    code, output = refused("train", folder / "config.yaml", filled, f"run_dir={run}")
+    assert code == 2 and len(output.strip().splitlines()) == 1, output
     assert message in output
     assert not run.exists()
 

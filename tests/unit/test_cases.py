@@ -20,6 +20,7 @@ from tests.unit.builders import (
     prompt,
     requests,
     responses,
+    rewarded,
     samples_of,
     scripted,
     text_of,
@@ -361,6 +362,19 @@ def test_seed_draws_give_a_prompt_no_signal_and_stay_seeds_when_it_is_drawn_anew
         ("train", "0.1/p/suffix/0"),
         ("seeds", "0.1/p/base/1"),
     ]
+
+
+@pytest.mark.parametrize("rewards", [(0.1 + 0.2, 0.3, 0.3), (1e-200, 2e-200), (1e9, 1e9 + 1e-6)])
+def test_rewards_that_differ_by_rounding_alone_are_no_signal(rewards: tuple[float, ...]):
+    same = rewarded(*rewards)
+    assert not same.has_signal
+    assert [sample.advantage[-1] for sample in samples_of([same])] == [0.0] * len(rewards)
+
+
+def test_rewards_that_are_close_and_not_the_same_are_a_signal():
+    close = rewarded(0.5, 0.501)
+    assert close.has_signal
+    assert [s.advantage[-1] for s in samples_of([close])] == pytest.approx([-1, 1], rel=1e-6)
 
 
 # --- sampling -----------------------------------------------------------------------------------

@@ -40,9 +40,10 @@ from torch import Tensor
 from megatron_srpo.batching import pack
 from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.data import demonstration_sample
+from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.logprobs import token_entropies, token_logprobs
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.model import build_model, family_of
+from megatron_srpo.engines.megatron.model import build_model
 from megatron_srpo.engines.megatron.optimizer import MegatronAdam
 from megatron_srpo.engines.megatron.reference import ParkedWeights
 from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters

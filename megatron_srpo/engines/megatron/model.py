@@ -13,24 +13,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_srpo.engines.megatron.attention import PackedCausalAttention
-from megatron_srpo.engines.megatron.families.qwen2 import QWEN2
+from megatron_srpo.engines.megatron.families import family_of, rope_theta
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import Family
 from megatron_srpo.engines.megatron.weights import load_hf
 from megatron_srpo.hf_folder import head_size, num_kv_heads, read_config
-from megatron_srpo.types import InputError
-
-FAMILIES = (QWEN2,)
-
-
-def family_of(folder: Path) -> Family:
-    """Raises `InputError` for a model that is not supported."""
-    model_type = read_config(folder).get("model_type")
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise InputError(f"{folder}: model_type {model_type!r} is not supported (supported: {known})")
 
 
 def is_tied(folder: Path) -> bool:
@@ -41,8 +28,6 @@ def is_tied(folder: Path) -> bool:
 def build_model(folder: Path, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
     """Collective; with the folder's weights. Raises `InputError` if they do not fit its config."""
     hf, family = read_config(folder), family_of(folder)
-    if hf.get("use_sliding_window") or hf.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{folder}: sliding windows and activations but silu are not supported")
     config = transformer_config(hf, family, mesh, dtype)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer: Any = spec.submodules
@@ -55,7 +40,7 @@ def build_model(folder: Path, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
         pre_process=mesh.pp_rank == 0,
         post_process=mesh.is_last_stage,
         position_embedding_type="rope",
-        rotary_base=int(_rope_theta(hf)),
+        rotary_base=int(rope_theta(hf)),
         share_embeddings_and_output_weights=is_tied(folder),
     )
     load_hf(model, folder, family, mesh)
@@ -104,11 +89,3 @@ def transformer_config(
 
 def _leave(weight: Tensor) -> Tensor:
     return weight
-
-
-def _rope_theta(hf: dict[str, Any]) -> float:
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"rotary scaling {kind!r} is not supported")
-    return scaling.get("rope_theta") or hf.get("rope_theta", 10000.0)
