@@ -39,16 +39,17 @@ def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, max_tokens: in
 
 def _first_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}
+    """Bins that can still hold something: looking at full ones would take time squared."""
+    shortest = min((lengths[index] for index in indices), default=0)
     for index in indices:
-        for number, free in enumerate(room):
-            if lengths[index] <= free:
-                bins[number].append(index)
-                room[number] -= lengths[index]
-                break
-        else:
-            bins.append([index])
-            room.append(max_tokens - lengths[index])
+        number = next((n for n, free in room.items() if lengths[index] <= free), len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(index)
+        room[number] = room.get(number, max_tokens) - lengths[index]
+        if room[number] < shortest:
+            del room[number]
     return bins
 
 
