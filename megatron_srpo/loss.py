@@ -81,10 +81,10 @@ def policy_loss(
     means, maxima = _mismatch(off_T)
     credit_T = tokens.loss_weight_T * tokens.advantage_T
     score_T = logprobs_T
-    log_ratio_T = logprobs_T - old_T
     if cfg.surrogate == "ppo" or cfg.updates_per_batch > 1:
-        maxima["loss/ratio_max"] = log_ratio_T.detach().exp()
+        maxima["loss/ratio_max"] = (current_T - old_T).exp()
     if cfg.surrogate == "ppo":
+        log_ratio_T = logprobs_T - old_T
         bites_T = _clip_bites(log_ratio_T.detach(), tokens.advantage_T, cfg)
         ratio_T = _clipped_ratio(log_ratio_T, bites_T, cfg)
         score_T = torch.where(tokens.is_demonstration_T, logprobs_T, ratio_T)

@@ -16,6 +16,8 @@ from megatron_srpo.types import Group, Reset, Rollout
 
 Sums = dict[str, tuple[float, float]]
 """name -> (numerator, denominator)"""
+GENERATED = ("tokens/base", "tokens/seed", "tokens/replaced", "tokens/localize", "tokens/suffix")
+"""What an engine sampled in a step, by what for: a comparison of cost counts them all."""
 
 
 class Add(Protocol):

@@ -13,13 +13,10 @@ from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.export import save_hf
 from megatron_srpo.inputs import Inputs
-from megatron_srpo.metrics import Sums, combine, rollout_sums
+from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
-
-KINDS = ("base", "seed", "replaced", "localize", "suffix")
-"""Of generated tokens, in the metrics `tokens/...`."""
 
 
 def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
@@ -97,7 +94,7 @@ def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str
     sums = rollout_sums(groups, run.cfg) | evaluated
     metrics = of_replicas(sums, run.mesh)
     seconds = run.stopwatch.take()
-    generated = sum(metrics.get(f"tokens/{kind}", 0.0) for kind in KINDS)
+    generated = sum(metrics.get(name, 0.0) for name in GENERATED)
     speed = {"speed/tokens_per_s": generated / seconds["time/step_s"]}
     memory = {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     return metrics | seconds | speed | memory

@@ -21,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from megatron_srpo.metrics import GENERATED
+
 METHODS = {"grpo": "none", "rrpo": "random", "srpo": "self"}
 """name -> algorithm.resets"""
 CONTROL = "control"
 """SRPO with a learning rate of 0: what moves here is noise."""
-GENERATED = tuple(f"tokens/{kind}" for kind in ("base", "seed", "replaced", "localize", "suffix"))
 
 
 def main() -> None:
