@@ -61,7 +61,7 @@ def hf_gradients(learner: MegatronLearner, mesh: Mesh) -> Tensors:
         for parameter, (start, end, _) in buffer.param_index_map.items():
             gradients[parameter] = buffer.grad_data[start:end].view(parameter.shape)
     local = {n: gradients[p] for n, p in local_parameters(learner.module).items()}
-    full = full_tensors(learner.module, learner._family, mesh, local)
+    full = full_tensors(learner.module, learner._family, mesh, learner.shards, local)
     return {name: tensor.clone() for name, tensor in full}
 
 

@@ -46,7 +46,7 @@ from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_model
 from megatron_srpo.engines.megatron.optimizer import MegatronAdam
 from megatron_srpo.engines.megatron.reference import ParkedWeights
-from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
+from megatron_srpo.engines.megatron.weights import all_shards, full_tensors, local_parameters
 from megatron_srpo.loss import (
     Counters,
     TokenTensors,
@@ -90,6 +90,7 @@ class MegatronLearner:
         self._mesh, self._temperature, self._cfg = mesh, temperature, loss
         self._family = family_of(folder)
         self.module = build_model(folder, mesh, dtype)
+        self.shards = all_shards(self.module, mesh)
         self._device = next(self.module.parameters()).device
         self.model = DistributedDataParallel(
             self.module.config,
@@ -282,7 +283,7 @@ class MegatronLearner:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         parameters = local_parameters(self.module)
-        return full_tensors(self.module, self._family, self._mesh, parameters)
+        return full_tensors(self.module, self._family, self._mesh, self.shards, parameters)
 
 
 def _finalize_without_count(

@@ -8,7 +8,7 @@ A parameter is named as in a model of one stage: layers are counted over the who
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,27 +112,32 @@ def _part(tensor: Tensor, shard: Shard, mesh: Mesh) -> Tensor:
 
 
 def full_tensors(
-    model: GPTModel, family: Family, mesh: Mesh, local: Mapping[str, Tensor]
+    model: GPTModel,
+    family: Family,
+    mesh: Mesh,
+    shards: Sequence[Shard],
+    local: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """Collective: (Hugging Face name, full tensor), weights or whatever has their shapes.
 
-    `local` holds this rank's shards by parameter name, all of one dtype. `lm_head.weight` always
-    comes, after the embedding if it is tied to it: an engine that packs its head cannot follow a
-    tie. A last stage's own copy of a tied head is not sent: the probe after a weight sync, which
-    computes with it, shows whether it is the embedding still.
+    `shards` are the model's (`all_shards`; they never change), `local` holds this rank's tensors by
+    parameter name, all of one dtype. `lm_head.weight` always comes, after the embedding if it is
+    tied to it: an engine that packs its head cannot follow a tie. A last stage's own copy of a tied
+    head is not sent: the probe after a weight sync, which computes with it, shows whether it is the
+    embedding still.
     """
     tied = model.share_embeddings_and_output_weights
     num_groups, heads_per_group = head_groups(model, mesh)
     some = next(iter(local.values()))
-    for shard in all_shards(model, mesh):
+    for shard in shards:
         layout, hf_names = family.rule(shard.name)
         if tied and hf_names == (HEAD,):
             continue
         here = _from_stage(shard, local, mesh, some)
-        shards = [
+        of_ranks = [
             split(layout, s, num_groups, heads_per_group) for s in _over_tp(shard, here, mesh)
         ]
-        for hf_name, parts in zip(hf_names, zip(*shards, strict=True), strict=True):
+        for hf_name, parts in zip(hf_names, zip(*of_ranks, strict=True), strict=True):
             full = parts[0] if len(parts) == 1 else torch.cat(parts, dim=shard.dim or 0)
             yield hf_name, full
             if tied and hf_name == EMBEDDING:
