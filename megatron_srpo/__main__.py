@@ -12,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_srpo.config import Config, load_config
+from megatron_srpo.config import Config
+from megatron_srpo.config_file import load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 from megatron_srpo.types import AlarmError, InputError
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.advantages import CREDITS
-from megatron_srpo.config import Config, ParallelConfig, load_config
+from megatron_srpo.config import Config, ParallelConfig
+from megatron_srpo.config_file import load_config
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.extensions import build, find

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_srpo.config import Config, dump_config
+from megatron_srpo.config import Config
+from megatron_srpo.config_file import dump_config
 from megatron_srpo.types import InputError
 
 

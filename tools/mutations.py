@@ -968,10 +968,10 @@ MUTATIONS = (
     Mutation("greedy-samples", "config.py",
         "if self.num_samples > 1 and self.temperature == 0:", "if False:",
         "pass@k of responses that are all the same"),
-    Mutation("dump-interpolates", "config.py",
+    Mutation("dump-interpolates", "config_file.py",
         'r"\\1\\1\\\\\\\\${"', 'r"\\1${"',
         "a delimiter or template with ${ is an interpolation when it is loaded again"),
-    Mutation("dump-backslash", "config.py",
+    Mutation("dump-backslash", "config_file.py",
         'r"\\1\\1\\\\\\\\${"', 'r"\\1\\\\\\\\${"',
         "a price in LaTeX is an interpolation when it is loaded again"),
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_srpo.config import Config, load_config
+from megatron_srpo.config import Config
+from megatron_srpo.config_file import load_config
 from tests.tiny import write_policy
 
 

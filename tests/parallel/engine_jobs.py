@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_srpo.assembly import assemble
-from megatron_srpo.config import RolloutConfig, load_config
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config_file import load_config
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange

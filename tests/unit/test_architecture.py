@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
-    "types protocols config seeding environment run_folder",
+    "types protocols config config_file seeding environment run_folder",
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder batching loss metrics stopwatch",
     "engines",
