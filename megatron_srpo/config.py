@@ -189,9 +189,19 @@ class OptimizerConfig(Section):
 
 class ParallelConfig(Section):
     tp: Count = 1
-    """Processes that share each layer of the policy (tensor parallel)."""
+    """Processes that share each layer of the policy (tensor parallel, and sequence parallel)."""
     pp: Count = 1
     """Stages of consecutive layers (pipeline parallel). The rest is data parallel."""
+    vpp: Count = 1
+    """Parts of each stage, which then holds so many separate runs of layers (interleaved)."""
+    cp: Count = 1
+    """Processes that share each sequence (context parallel)."""
+    ep: Count = 1
+    """Processes, of those that are data and context parallel, that share the experts."""
+    recompute: Literal["none", "attention", "full"] = "none"
+    """What is computed again in the backward pass instead of kept: memory against time."""
+    overlap: bool = False
+    """Gradients and parameters travel between processes while others are computed."""
 
 
 class RetentionConfig(Section):

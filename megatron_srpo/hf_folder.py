@@ -48,9 +48,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def completed_config(folder: Path) -> dict[str, Any]:
+    """config.json as transformers reads it: with its defaults, old names replaced by new ones."""
+    from transformers import AutoConfig  # takes a second, which a mere check need not wait for
+
+    config = AutoConfig.from_pretrained(folder)
+    return {key: getattr(config, key) for key in {*config.to_dict(), *config.attribute_map}}
+
+
 def num_kv_heads(config: Mapping[str, Any]) -> int:
     """As many as query heads where config.json does not say."""
     return config.get("num_key_value_heads") or config["num_attention_heads"]
+
+
+def num_experts(config: Mapping[str, Any]) -> int:
+    """0 in a model without experts."""
+    return config.get("num_experts") or config.get("num_local_experts") or 0
 
 
 def head_size(config: Mapping[str, Any]) -> int:

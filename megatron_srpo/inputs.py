@@ -15,10 +15,11 @@ from megatron_srpo.advantages import CREDITS
 from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.config_file import load_config
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
-from megatron_srpo.engines.megatron.families import family_of
+from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.extensions import build, find
 from megatron_srpo.hf_folder import (
     head_size,
+    num_experts,
     num_kv_heads,
     read_config,
     tensor_shapes,
@@ -141,24 +142,45 @@ def check_layout(
     parallel: ParallelConfig, model: Mapping[str, Any], *, num_processes: int, rollout_tp: int = 1
 ) -> None:
     """The processes divide over the layout, and the model (its config.json) over the processes."""
-    heads = {
+    tp, pp, cp, ep = parallel.tp, parallel.pp, parallel.cp, parallel.ep
+    widths = {
         "the model's num_attention_heads": model["num_attention_heads"],
-        "the model's num_key_value_heads": num_kv_heads(model),
         "the model's intermediate_size": model["intermediate_size"],
+        "the model's moe_intermediate_size": model.get("moe_intermediate_size") or 0,
     }
     layers = {"the model's num_hidden_layers": model["num_hidden_layers"]}
-    vocabulary = {"the model's vocab_size": model["vocab_size"]}
     processes = {"the number of processes": num_processes}
+    experts = {"the model's number of experts": num_experts(model)}
     for numbers, knob, divisor in (
-        (processes, "parallel.tp x parallel.pp", parallel.tp * parallel.pp),
+        (processes, "parallel.tp x parallel.pp x parallel.cp", tp * pp * cp),
+        (processes, "parallel.tp x parallel.pp x parallel.ep", tp * pp * ep),
         (processes, "rollout.tp", rollout_tp),
-        (heads | vocabulary, "parallel.tp", parallel.tp),
-        (layers, "parallel.pp", parallel.pp),
-        (heads, "rollout.tp", rollout_tp),
+        (widths, "parallel.tp", tp),
+        (layers, "parallel.pp x parallel.vpp", pp * parallel.vpp),
+        (widths, "rollout.tp", rollout_tp),
+        (experts, "parallel.ep", ep),
     ):
         for name, number in numbers.items():
             if number % divisor:
                 raise InputError(f"{name}, {number}, does not divide by {knob} = {divisor}")
+    _check_groups(model, "parallel.tp", tp)
+    _check_groups(model, "rollout.tp", rollout_tp)
+    if ep > 1 and not num_experts(model):
+        raise InputError(f"parallel.ep={ep}: the model has no experts to share")
+    if parallel.vpp > 1 and pp == 1:
+        raise InputError(f"parallel.vpp={parallel.vpp} needs a pipeline: parallel.pp is 1")
+
+
+def _check_groups(model: Mapping[str, Any], knob: str, size: int) -> None:
+    """A process holds some key-value heads, or several processes hold one; a norm over all heads
+    would count that one several times."""
+    num_groups = num_kv_heads(model)
+    family = FAMILIES.get(model["model_type"])
+    all_heads = knob == "parallel.tp" and family is not None and family.qk_norm == "full"
+    if num_groups % size and (size % num_groups or all_heads):
+        raise InputError(
+            f"the model's num_key_value_heads, {num_groups}, does not divide by {knob} = {size}"
+        )
 
 
 def _read_prompts(

@@ -25,10 +25,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.batching import pack
-from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.data import demonstration_sample
-from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.engines.megatron.forward import Forward
 from megatron_srpo.engines.megatron.mesh import build_mesh
+from megatron_srpo.engines.megatron.model import build_chunks
+from megatron_srpo.engines.megatron.names import heads_of
+from megatron_srpo.engines.megatron.weights import load_hf
 from megatron_srpo.journal import read_step
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.types import Tokens
@@ -80,22 +82,17 @@ def measured(steps: list[dict[str, float]], name: str) -> list[float]:
 
 def export_difference(hf: Path, sequences: list[Tokens]) -> float:
     """Largest |logit| difference, each side in fp32."""
-    learner = MegatronLearner(
-        hf,
-        build_mesh(),
-        dtype=torch.float32,
-        temperature=1.0,
-        optimizer=OptimizerConfig(),
-        loss=LossConfig(),
-        num_steps=1,
-    )
+    mesh = build_mesh()
+    chunks = build_chunks(hf, mesh, torch.float32)
+    load_hf(chunks, hf, mesh)
+    forward = Forward(chunks, mesh, heads_of(hf))
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     largest = 0.0
     for tokens in sequences:
         sample = demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)
         inputs = torch.tensor(tokens[:-1], dtype=torch.long)[None]
         with torch.no_grad():
-            ours = learner.logits(learner.module, pack([sample]))[0]
+            (ours,) = forward.logits([pack([sample])])
             theirs = model(inputs).logits[0]
         largest = max(largest, float((ours - theirs).abs().max()))
     return largest

@@ -114,7 +114,8 @@ ELSEWHERE = {
     # what the engine may use, which must not change its answers
     "rollout.kv_cache_bytes", "rollout.max_num_seqs",
     # how the work is divided, which must not change the result: tests/parallel
-    "parallel.tp", "parallel.pp", "rollout.tp", "micro_batch_tokens",
+    "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.ep",
+    "parallel.recompute", "parallel.overlap", "rollout.tp", "micro_batch_tokens",
     # an alarm: test_faults.py; parts of the user's: test_extensions.py; tests/unit/test_localize.py
     "max_logprob_diff", "reward", "credit.rule", "localize.chat",
 }  # fmt: skip

@@ -50,18 +50,27 @@ def build_learner(
 
 
 def hf_gradients(learner: MegatronLearner, mesh: Mesh) -> Tensors:
-    """The reduced gradient of every parameter; each data parallel rank holds part of the buffer."""
+    """The reduced gradient of every parameter; each data parallel rank holds part of a buffer."""
     gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
-    for buffer in learner.model.buffers:
-        for bucket in buffer.buckets:
-            shards = [torch.empty_like(s) for s in bucket.grad_data.chunk(mesh.dp_size)]
-            mine = bucket.grad_data.chunk(mesh.dp_size)[mesh.dp_rank].contiguous()
-            dist.all_gather(shards, mine, group=mesh.dp_group)
-            bucket.grad_data.copy_(torch.cat(shards))
-        for parameter, (start, end, _) in buffer.param_index_map.items():
-            gradients[parameter] = buffer.grad_data[start:end].view(parameter.shape)
-    local = {n: gradients[p] for n, p in local_parameters(learner.module).items()}
-    full = full_tensors(learner.module, learner._family, mesh, learner.shards, local)
+    for model in learner.models:
+        for buffer in model.buffers + model.expert_parallel_buffers:
+            group: Any = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shards = [torch.empty_like(s) for s in bucket.grad_data.chunk(group.size())]
+                mine = bucket.grad_data.chunk(group.size())[group.rank()].contiguous()
+                dist.all_gather(shards, mine, group=group)
+                bucket.grad_data.copy_(torch.cat(shards))
+            for parameter, (start, end, _) in buffer.param_index_map.items():
+                gradients[parameter] = buffer.grad_data[start:end].view(parameter.shape)
+    parameters = local_parameters(learner.modules, mesh)
+    full = full_tensors(
+        learner._family,
+        learner._heads,
+        mesh,
+        learner.shards,
+        {name: gradients[parameter] for name, parameter in parameters.items()},
+        tied=learner.modules[0].share_embeddings_and_output_weights,
+    )
     return {name: tensor.clone() for name, tensor in full}
 
 
@@ -116,7 +125,7 @@ def not_a_number(mesh: Mesh, policy: Path) -> str:
     learner = build_learner(policy, mesh)
     samples = random_samples(4, seed=9)
     with torch.no_grad():
-        for name, parameter in local_parameters(learner.module).items():
+        for name, parameter in local_parameters(learner.modules, mesh).items():
             if name == "decoder.final_layernorm.weight":
                 parameter[0] = float("nan")
     try:

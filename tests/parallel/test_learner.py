@@ -12,7 +12,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.batching import pack
 from megatron_srpo.data import demonstration_sample
-from megatron_srpo.engines.megatron.logprobs import token_entropies
+from megatron_srpo.engines.megatron.logprobs import scaled_logits, token_entropies
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import write_folder
@@ -114,10 +114,11 @@ def test_logprobs_are_transformers_at_any_temperature(
         np.testing.assert_allclose(found, right, atol=5e-6)
 
 
-def test_entropy_is_that_of_the_tempered_distribution(mesh: Mesh) -> None:
+def test_entropy_is_that_of_the_tempered_distribution_over_real_tokens(mesh: Mesh) -> None:
     logits = torch.randn(7, 31, generator=torch.Generator().manual_seed(0)) * 8
-    found = token_entropies(logits, temperature=0.5, group=mesh.tp_group)
-    right = torch.distributions.Categorical(logits=logits.double() / 0.5).entropy()
+    scaled = scaled_logits(logits, temperature=0.5, num_real=29)
+    found = token_entropies(scaled, group=mesh.tp_group)
+    right = torch.distributions.Categorical(logits=logits[:, :29].double() / 0.5).entropy()
     torch.testing.assert_close(found.double(), right, atol=1e-5, rtol=1e-5)
 
 
@@ -136,7 +137,7 @@ def test_a_loss_that_is_not_a_number_names_its_samples(policy: Path, mesh: Mesh)
     learner = build_learner(policy, mesh)
     good, bad = random_samples(2, seed=9)
     with torch.no_grad():
-        learner.module.embedding.word_embeddings.weight[int(bad.token_ids[3])] = float("nan")
+        learner.modules[0].embedding.word_embeddings.weight[int(bad.token_ids[3])] = float("nan")
     with pytest.raises(AlarmError, match=f"the loss is not finite in samples .*{bad.id}"):
         learner.update([Batch(micro_batches=(pack([good, bad]),), denominator=2.0)])
 

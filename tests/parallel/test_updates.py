@@ -186,7 +186,7 @@ def test_the_learning_rate_advances_by_the_step_with_or_without_updates(
 
 def test_parked_weights_come_and_go_to_the_last_bit(policy: Path, mesh: Mesh) -> None:
     learner = build_learner(policy, mesh)
-    parked, initial = ParkedWeights(learner.module), weights(learner)
+    parked, initial = ParkedWeights(learner.modules), weights(learner)
     for seed in range(2):
         learner.update(to_batches(near_samples(policy, seed=seed)))
         current = weights(learner)
@@ -198,7 +198,7 @@ def test_parked_weights_come_and_go_to_the_last_bit(policy: Path, mesh: Mesh) ->
 
 def test_the_current_weights_come_back_after_an_error(policy: Path, mesh: Mesh) -> None:
     learner = build_learner(policy, mesh)
-    parked = ParkedWeights(learner.module)
+    parked = ParkedWeights(learner.modules)
     learner.update(to_batches(near_samples(policy, seed=0)))
     current = weights(learner)
     with pytest.raises(KeyError), parked.in_place():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from megatron_srpo.config import ParallelConfig
@@ -9,42 +11,66 @@ from megatron_srpo.inputs import check_layout
 from megatron_srpo.types import InputError
 
 MODEL = {
+    "model_type": "llama",
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "intermediate_size": 96,
-    "vocab_size": 44,
+    "vocab_size": 45,
     "num_hidden_layers": 6,
 }
+EXPERTS = {"num_local_experts": 6, "moe_intermediate_size": 10}
+ONE_GROUP = {"num_key_value_heads": 1}
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "rollout_tp", "num_processes"),
-    [(1, 1, 1, 1), (1, 1, 1, 7), (2, 1, 1, 4), (4, 3, 4, 24), (1, 6, 2, 6), (2, 2, 4, 4)],
-)
-def test_a_layout_that_divides_is_accepted(tp: int, pp: int, rollout_tp: int, num_processes: int):
-    parallel = ParallelConfig(tp=tp, pp=pp)
-    check_layout(parallel, MODEL, num_processes=num_processes, rollout_tp=rollout_tp)
-
-
-@pytest.mark.parametrize(
-    ("tp", "pp", "rollout_tp", "changed", "message"),
+    ("num_processes", "parallel", "rollout_tp", "changed"),
     [
-        (5, 1, 1, {}, "the number of processes, 12, does not divide by parallel.tp x .* = 5"),
-        (4, 2, 1, {}, "the number of processes, 12, does not divide by parallel.tp x .* = 8"),
-        (1, 1, 5, {}, "the number of processes, 12, does not divide by rollout.tp = 5"),
-        (3, 1, 1, {}, "num_attention_heads, 8, does not divide by parallel.tp = 3"),
-        (4, 1, 1, {"num_key_value_heads": 2}, "num_key_value_heads, 2, does not divide by p"),
-        (2, 1, 1, {"intermediate_size": 97}, "intermediate_size, 97, does not divide by p"),
-        (2, 1, 1, {"vocab_size": 45}, "vocab_size, 45, does not divide by parallel.tp = 2"),
-        (1, 4, 1, {}, "num_hidden_layers, 6, does not divide by parallel.pp = 4"),
-        (1, 1, 3, {}, "num_attention_heads, 8, does not divide by rollout.tp = 3"),
-        (1, 1, 4, {"num_key_value_heads": 2}, "num_key_value_heads, 2, does not divide by r"),
-        (1, 1, 2, {"intermediate_size": 97}, "intermediate_size, 97, does not divide by r"),
+        (1, {}, 1, {}),
+        (7, {}, 1, {}),
+        (4, {"tp": 2}, 1, {}),
+        (24, {"tp": 4, "pp": 3}, 4, {}),
+        (6, {"pp": 6}, 2, {}),
+        (4, {"tp": 2, "pp": 2}, 4, {}),
+        (12, {"tp": 2, "cp": 3}, 1, {}),
+        (2, {"pp": 2, "vpp": 3}, 1, {}),
+        (6, {"tp": 2, "ep": 3}, 1, EXPERTS),
+        (8, {"tp": 8}, 8, ONE_GROUP),
+        (2, {}, 2, ONE_GROUP | {"model_type": "olmo2"}),
+    ],
+)
+def test_a_layout_that_divides_is_accepted(
+    num_processes: int, parallel: dict[str, int], rollout_tp: int, changed: dict[str, Any]
+):
+    layout = ParallelConfig.model_validate(parallel)
+    check_layout(layout, MODEL | changed, num_processes=num_processes, rollout_tp=rollout_tp)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "rollout_tp", "changed", "message"),
+    [
+        ({"tp": 5}, 1, {}, "number of processes, 12, does not divide by parallel.tp x .* = 5"),
+        ({"tp": 4, "pp": 2}, 1, {}, "number of processes, 12, .* parallel.tp x .* = 8"),
+        ({"tp": 4, "cp": 2}, 1, {}, "number of processes, 12, .* x parallel.cp = 8"),
+        ({"tp": 2, "ep": 4}, 1, EXPERTS, "number of processes, 12, .* x parallel.ep = 8"),
+        ({}, 5, {}, "the number of processes, 12, does not divide by rollout.tp = 5"),
+        ({"tp": 3}, 1, {}, "num_attention_heads, 8, does not divide by parallel.tp = 3"),
+        ({"tp": 4}, 1, {"num_key_value_heads": 3}, "num_key_value_heads, 3, .* parallel.tp = 4"),
+        ({"tp": 2}, 1, ONE_GROUP | {"model_type": "olmo3"}, "num_key_value_heads, 1, .* = 2"),
+        ({"tp": 2}, 1, {"intermediate_size": 97}, "intermediate_size, 97, does not divide by p"),
+        ({"tp": 2}, 1, {"moe_intermediate_size": 5}, "moe_intermediate_size, 5, .* parallel.tp"),
+        ({"pp": 4}, 1, {}, "num_hidden_layers, 6, .* parallel.pp x parallel.vpp = 4"),
+        ({"pp": 2, "vpp": 2}, 1, {}, "num_hidden_layers, 6, .* parallel.pp x parallel.vpp = 4"),
+        ({"vpp": 2}, 1, {}, r"parallel\.vpp=2 needs a pipeline: parallel\.pp is 1"),
+        ({"ep": 4}, 1, EXPERTS, "number of experts, 6, does not divide by parallel.ep = 4"),
+        ({"ep": 2}, 1, {}, r"parallel\.ep=2: the model has no experts to share"),
+        ({}, 3, {}, "num_attention_heads, 8, does not divide by rollout.tp = 3"),
+        ({}, 4, {"num_key_value_heads": 3}, "num_key_value_heads, 3, .* rollout.tp = 4"),
+        ({}, 2, {"intermediate_size": 97}, "intermediate_size, 97, does not divide by r"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused_by_its_name(
-    tp: int, pp: int, rollout_tp: int, changed: dict[str, int], message: str
+    parallel: dict[str, int], rollout_tp: int, changed: dict[str, Any], message: str
 ):
-    parallel = ParallelConfig(tp=tp, pp=pp)
+    layout = ParallelConfig.model_validate(parallel)
     with pytest.raises(InputError, match=message):
-        check_layout(parallel, MODEL | changed, num_processes=12, rollout_tp=rollout_tp)
+        check_layout(layout, MODEL | changed, num_processes=12, rollout_tp=rollout_tp)

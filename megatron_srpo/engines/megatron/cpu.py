@@ -11,6 +11,10 @@
 - CUDA random states (tensor_parallel/random: dropout regions, recomputation): the CPU
   generator's.
 - `torch.cuda.synchronize` (p2p_communication, checkpoint writers): there is nothing to wait for.
+- `MoEAlltoAllTokenDispatcher`: its side stream, and the step that waits for counts on their way to
+  the host, where they are already.
+- `moe_utils.te_general_gemm`: a name that is missing without Transformer Engine (a router then
+  ends in a NameError), instead of None.
 - Dispatch on the name 'torch.cuda.FloatTensor' (optimizer and distrib_optimizer when they are
   built, clip_grads at each step): `cuda_type_names`.
 """
@@ -28,6 +32,8 @@ from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import utils as transformer_utils
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 CUDA_LITERALS = (schedules, clip_grads, optimizer, utils, transformer_utils, rope_utils)
 FACTORIES = ("zeros", "ones", "empty", "tensor", "full", "zeros_like", "ones_like")
@@ -64,6 +70,20 @@ def install() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    moe_utils.te_general_gemm = None
+    dispatcher: Any = MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = "none"
+    dispatcher._maybe_dtoh_and_synchronize = _counts_as_numpy
+
+
+def _counts_as_numpy(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """The all-to-all wants its counts as numpy arrays, which a CPU tensor need not wait for."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            counts = getattr(dispatcher, name)
+            if isinstance(counts, torch.Tensor):
+                setattr(dispatcher, name, counts.numpy())
+    return tokens_per_expert
 
 
 @contextlib.contextmanager

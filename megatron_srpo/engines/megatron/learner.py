@@ -20,10 +20,10 @@ ranks; tests/parallel proves it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +33,24 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_srpo.batching import pack
 from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.families import family_of
-from megatron_srpo.engines.megatron.logprobs import token_entropies, token_logprobs
+from megatron_srpo.engines.megatron.forward import Forward, one_or_all
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.model import build_model
+from megatron_srpo.engines.megatron.model import build_chunks
+from megatron_srpo.engines.megatron.names import heads_of
 from megatron_srpo.engines.megatron.optimizer import MegatronAdam
 from megatron_srpo.engines.megatron.reference import ParkedWeights
-from megatron_srpo.engines.megatron.weights import all_shards, full_tensors, local_parameters
+from megatron_srpo.engines.megatron.weights import (
+    all_shards,
+    full_tensors,
+    load_hf,
+    local_parameters,
+)
 from megatron_srpo.loss import (
     Counters,
     TokenTensors,
@@ -57,8 +61,6 @@ from megatron_srpo.loss import (
     to_metrics,
 )
 from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,19 +90,37 @@ class MegatronLearner:
     ) -> None:
         """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over."""
         self._mesh, self._temperature, self._cfg = mesh, temperature, loss
-        self._family = family_of(folder)
-        self.module = build_model(folder, mesh, dtype)
-        self.shards = all_shards(self.module, mesh)
-        self._device = next(self.module.parameters()).device
-        self.model = DistributedDataParallel(
-            self.module.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            self.module,
-        )
-        self._optimizer = MegatronAdam(self.model, optimizer, dtype=dtype, num_steps=num_steps)
-        self._reference = ParkedWeights(self.module) if loss.kl_coef else None
-        self.module.config.finalize_model_grads_func = _finalize_without_count
-        self.module.config.grad_scale_func = self._optimizer.scale_loss
+        self._family, self._heads = family_of(folder), heads_of(folder)
+        self.modules = build_chunks(folder, mesh, dtype)
+        load_hf(self.modules, folder, mesh)
+        self.shards = all_shards(self.modules, mesh)
+        self.models = [
+            DistributedDataParallel(
+                module.config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=mesh.parallel.overlap,
+                    overlap_param_gather=mesh.parallel.overlap,
+                ),
+                module,
+                disable_bucketing=index > 0,
+            )
+            for index, module in enumerate(self.modules)
+        ]
+        self._optimizer = MegatronAdam(self.models, optimizer, dtype=dtype, num_steps=num_steps)
+        self._reference = ParkedWeights(self.modules) if loss.kl_coef else None
+        self._forward = Forward(self.models, mesh, self._heads)
+        self._tell_schedule(mesh.parallel.overlap)
+
+    def _tell_schedule(self, overlap: bool) -> None:
+        """Megatron's schedules find what they call in the model's config."""
+        config: Any = self.modules[0].config  # of all chunks
+        config.finalize_model_grads_func = _finalize_without_count
+        config.grad_scale_func = self._optimizer.scale_loss
+        if overlap:
+            config.no_sync_func = one_or_all([model.no_sync for model in self.models])
+            config.grad_sync_func = one_or_all([model.start_grad_sync for model in self.models])
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer step per batch, all at one learning rate; returns metrics of all of them.
@@ -121,6 +141,9 @@ class MegatronLearner:
             grad_norms.append(self._optimizer.step())
             if not np.isfinite(grad_norms[-1]):
                 raise AlarmError(f"gradient norm is {grad_norms[-1]}")
+        if self._mesh.parallel.overlap:
+            for model in self.models:  # whoever reads the weights next may not come by a hook
+                model.start_param_sync(force_sync=True)
         metrics = to_metrics(add_counters(counters))
         for name in ("loss", "loss/demonstrations"):
             metrics[name] /= len(batches)
@@ -140,8 +163,8 @@ class MegatronLearner:
         references = unknown
         if self._reference:
             with self._reference.in_place():
-                references = [self._target_logprobs(batch.micro_batches) for batch in batches]
-        olds = [unknown[0], *(self._target_logprobs(batch.micro_batches) for batch in batches[1:])]
+                references = [self._logprobs_of(batch) for batch in batches]
+        olds = [unknown[0], *(self._logprobs_of(batch) for batch in batches[1:])]
         return [
             [
                 Pass(micro_batch=micro_batch, old_T=old_T, reference_T=reference_T)
@@ -152,10 +175,14 @@ class MegatronLearner:
             for batch, old, reference in zip(batches, olds, references, strict=True)
         ]
 
+    def _logprobs_of(self, batch: Batch) -> list[Tensor]:
+        return self._forward.target_logprobs(batch.micro_batches, temperature=self._temperature)
+
     def _backward(self, items: Sequence[Pass], denominator: float) -> Counters:
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        per_micro_batch = self._schedule(
+        per_micro_batch = self._forward.run(
             [item.micro_batch for item in items],
             lambda index, logits_TV: self._loss(logits_TV, items[index], denominator),
             forward_only=False,
@@ -164,51 +191,6 @@ class MegatronLearner:
             per_micro_batch = []  # the other ranks of this copy know the same, or nothing
         self._refuse_non_finite(per_micro_batch, items)
         return self._reduce(per_micro_batch)
-
-    def _schedule(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        finish: Callable[[int, Tensor], tuple[Tensor, R]],
-        *,
-        forward_only: bool,
-    ) -> list[R]:
-        """Megatron's schedule. `finish` makes of a micro-batch's index and logits its loss and a
-        result; results come in the order of the micro-batches, from the last stage only."""
-
-        def forward_step(indices: Iterator[int], model: torch.nn.Module) -> tuple[Tensor, Any]:
-            index = next(indices)
-
-            def loss_func(output: Tensor) -> tuple[Tensor, Tensor, R]:
-                loss, result = finish(index, output[0])
-                return loss, torch.zeros((), dtype=torch.int), result
-
-            return self.logits(model, micro_batches[index]), loss_func
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(range(len(micro_batches))),
-            model=self.model,
-            num_microbatches=len(micro_batches),
-            seq_length=max(len(m.token_ids) for m in micro_batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
-
-    @torch.no_grad()
-    def _target_logprobs(
-        self, micro_batches: Sequence[MicroBatch], *, temperature: float | None = None
-    ) -> list[Tensor]:
-        """[T] each, under the weights that are in the model now; None: as in training. Only the
-        last stage knows them: on the others it is room to receive them into."""
-        at = self._temperature if temperature is None else temperature
-
-        def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-            targets_T = self._tensor(micro_batches[index].target_ids).long()
-            found_T = token_logprobs(logits_TV, targets_T, temperature=at)
-            return found_T.sum(), found_T  # the schedule wants a loss; nothing descends it
-
-        found = self._schedule(micro_batches, finish, forward_only=True)
-        return found or [torch.empty(len(m.token_ids), device=self._device) for m in micro_batches]
 
     def _refuse_non_finite(self, stats: Sequence[Counters], items: Sequence[Pass]) -> None:
         """Raises on every rank if the loss of any rank's micro-batch is not finite."""
@@ -221,43 +203,20 @@ class MegatronLearner:
         if everywhere:
             raise AlarmError(f"the loss is not finite in samples {', '.join(everywhere)}")
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.tensor(array, device=self._device)
-
-    def logits(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-        """[1, T, V]"""
-        cu_seqlens = self._tensor(micro_batch.cu_seqlens)
-        longest = int(np.diff(micro_batch.cu_seqlens).max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-        return model(
-            self._tensor(micro_batch.token_ids).long()[None],
-            self._tensor(micro_batch.position_ids).long()[None],
-            None,
-            packed_seq_params=packed,
-        )
-
     def _loss(self, logits_TV: Tensor, item: Pass, denominator: float) -> tuple[Tensor, Counters]:
         micro_batch = item.micro_batch
-        targets_T = self._tensor(micro_batch.target_ids).long()
-        logprobs_T = token_logprobs(logits_TV, targets_T, temperature=self._temperature)
+        logprobs_T, entropies_T = self._forward.logprobs(
+            logits_TV, micro_batch, temperature=self._temperature
+        )
         tokens = TokenTensors(
-            loss_weight_T=self._tensor(micro_batch.loss_weight),
-            advantage_T=self._tensor(micro_batch.advantage),
-            rollout_T=self._tensor(micro_batch.logprob),
+            loss_weight_T=self._forward.tensor(micro_batch.loss_weight),
+            advantage_T=self._forward.tensor(micro_batch.advantage),
+            rollout_T=self._forward.tensor(micro_batch.logprob),
             old_T=item.old_T,
             reference_T=item.reference_T,
-            cu_seqlens=self._tensor(micro_batch.cu_seqlens),
+            cu_seqlens=self._forward.tensor(micro_batch.cu_seqlens),
         )
         loss, counters = policy_loss(logprobs_T, tokens, self._cfg, denominator=denominator)
-        entropies_T = token_entropies(
-            logits_TV.detach(), temperature=self._temperature, group=self._mesh.tp_group
-        )
         entropy = {"entropy": over_sampled(entropies_T, tokens)}
         return loss, replace(counters, quotients=counters.quotients | entropy)
 
@@ -274,7 +233,7 @@ class MegatronLearner:
             pack([demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)])
             for tokens in sequences
         ]
-        found = self._target_logprobs(micro_batches, temperature=temperature)
+        found = self._forward.target_logprobs(micro_batches, temperature=temperature)
         if self._mesh.pp_size > 1:
             for logprobs_T in found:
                 last = self._mesh.pp_size - 1
@@ -282,8 +241,14 @@ class MegatronLearner:
         return [logprobs_T.cpu().numpy() for logprobs_T in found]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        parameters = local_parameters(self.module)
-        return full_tensors(self.module, self._family, self._mesh, self.shards, parameters)
+        return full_tensors(
+            self._family,
+            self._heads,
+            self._mesh,
+            self.shards,
+            local_parameters(self.modules, self._mesh),
+            tied=self.modules[0].share_embeddings_and_output_weights,
+        )
 
 
 def _finalize_without_count(

@@ -1,7 +1,9 @@
 """Which processes hold what? Process groups as one frozen value.
 
-Two views of the same ranks. The trainer's: tensor x pipeline x data parallel, in Megatron's order
-(rank = tp + TP (dp + DP pp)). The rollout engines': replicas of consecutive ranks, each one engine.
+Two views of the same ranks. The trainer's: tensor x context x data x pipeline parallel, in
+Megatron's order (rank = tp + TP (cp + CP (dp + DP pp))); experts are shared by consecutive ranks of
+the context and data parallel ones. The rollout engines': replicas of consecutive ranks, each one
+engine.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ T = TypeVar("T")
 class Mesh:
     """Built once by `build_mesh`, passed to whoever talks to other ranks."""
 
+    parallel: ParallelConfig
+    """What it was built from."""
     rank: int
     world_size: int
     tp_rank: int
@@ -36,6 +40,14 @@ class Mesh:
     """Stage of the pipeline."""
     pp_size: int
     pp_group: dist.ProcessGroup
+    cp_rank: int
+    """Which part of each sequence this rank holds."""
+    cp_size: int
+    cp_group: dist.ProcessGroup
+    ep_rank: int
+    """Which experts this rank holds."""
+    ep_size: int
+    ep_group: dist.ProcessGroup
     dp_rank: int
     """Slot: which copy of the policy this rank holds a part of."""
     dp_size: int
@@ -63,7 +75,7 @@ class Mesh:
     @property
     def speaks_for_slot(self) -> bool:
         """One rank of each copy of the policy: what all its last stage's ranks know counts once."""
-        return self.is_last_stage and self.tp_rank == 0
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -108,7 +120,14 @@ def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(parallel.tp, parallel.pp)
+    parallel_state.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.tp,
+    )
     # Megatron wants its random tracker seeded even where no dropout draws from it.
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -116,8 +135,12 @@ def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -
     replica_group, _ = dist.new_subgroups_by_enumeration(replicas, backend="gloo")
     tp_group = _known(parallel_state.get_tensor_model_parallel_group())
     pp_group = _known(parallel_state.get_pipeline_model_parallel_group())
+    cp_group = _known(parallel_state.get_context_parallel_group())
+    ep_group = _known(parallel_state.get_expert_model_parallel_group())
     dp_group = _known(parallel_state.get_data_parallel_group())
+    in_slot = parallel.tp * parallel.cp
     return Mesh(
+        parallel=parallel,
         rank=rank,
         world_size=world_size,
         tp_rank=tp_group.rank(),
@@ -126,10 +149,16 @@ def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -
         pp_rank=pp_group.rank(),
         pp_size=pp_group.size(),
         pp_group=pp_group,
+        cp_rank=cp_group.rank(),
+        cp_size=cp_group.size(),
+        cp_group=cp_group,
+        ep_rank=ep_group.rank(),
+        ep_size=ep_group.size(),
+        ep_group=ep_group,
         dp_rank=dp_group.rank(),
         dp_size=dp_group.size(),
         dp_group=dp_group,
-        slots=tuple(r // parallel.tp % dp_group.size() for r in range(world_size)),
+        slots=tuple(r // in_slot % dp_group.size() for r in range(world_size)),
         replica=rank // rollout_tp,
         num_replicas=len(replicas),
         replica_group=_known(replica_group),

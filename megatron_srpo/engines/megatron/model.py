@@ -8,16 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_srpo.engines.megatron.attention import PackedCausalAttention
-from megatron_srpo.engines.megatron.families import family_of, rope_theta
+from megatron_srpo.engines.megatron.families import family_of
+from megatron_srpo.engines.megatron.layers import block_spec
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.names import Family
-from megatron_srpo.engines.megatron.weights import load_hf
-from megatron_srpo.hf_folder import head_size, num_kv_heads, read_config
+from megatron_srpo.engines.megatron.names import Family, heads_of
+from megatron_srpo.engines.megatron.positions import Positions, positions_of
+from megatron_srpo.hf_folder import completed_config, head_size, num_kv_heads, read_config
 
 
 def is_tied(folder: Path) -> bool:
@@ -25,66 +24,128 @@ def is_tied(folder: Path) -> bool:
     return bool(read_config(folder).get("tie_word_embeddings", False))
 
 
-def build_model(folder: Path, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
-    """Collective; with the folder's weights. Raises `InputError` if they do not fit its config."""
-    hf, family = read_config(folder), family_of(folder)
-    config = transformer_config(hf, family, mesh, dtype)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer: Any = spec.submodules
-    layer.self_attention.submodules.core_attention = PackedCausalAttention
-    model = GPTModel(
-        config,
-        spec,
-        vocab_size=hf["vocab_size"],
-        max_sequence_length=hf["max_position_embeddings"],
-        pre_process=mesh.pp_rank == 0,
-        post_process=mesh.is_last_stage,
-        position_embedding_type="rope",
-        rotary_base=int(rope_theta(hf)),
-        share_embeddings_and_output_weights=is_tied(folder),
+def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]:
+    """This stage's parts of the model, weights still to be loaded: one, or `parallel.vpp` of them
+    if the pipeline is interleaved."""
+    hf, family, positions = completed_config(folder), family_of(folder), positions_of(folder)
+    config = TransformerConfig(
+        **_model(hf, family, dtype),
+        **_window(positions),
+        **_experts(hf),
+        **_layout(mesh, dtype),
     )
-    load_hf(model, folder, family, mesh)
-    return model
+    last = mesh.parallel.vpp - 1
+    chunk_of: Any = GPTModel
+    return [
+        chunk_of(
+            config,
+            block_spec(family, config, positions, chunk),
+            vocab_size=heads_of(folder).padded_vocab_size,
+            max_sequence_length=hf["max_position_embeddings"],
+            pre_process=mesh.pp_rank == 0 and chunk in (None, 0),
+            post_process=mesh.is_last_stage and chunk in (None, last),
+            position_embedding_type="none",  # each layer has its own: `attention.py`
+            share_embeddings_and_output_weights=is_tied(folder),
+            vp_stage=chunk,
+        )
+        for chunk in (range(last + 1) if last else [None])
+    ]
 
 
-def transformer_config(
-    hf: dict[str, Any], family: Family, mesh: Mesh, dtype: torch.dtype
-) -> TransformerConfig:
+def _model(hf: dict[str, Any], family: Family, dtype: torch.dtype) -> dict[str, Any]:
     """Fusions that need CUDA extensions are off; `calculate_per_token_loss`: see `learner.py`."""
-    return TransformerConfig(
-        num_layers=hf["num_hidden_layers"],
-        hidden_size=hf["hidden_size"],
-        ffn_hidden_size=hf["intermediate_size"],
-        num_attention_heads=hf["num_attention_heads"],
-        num_query_groups=num_kv_heads(hf),
-        kv_channels=head_size(hf),
-        normalization="RMSNorm",
-        layernorm_epsilon=hf["rms_norm_eps"],
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=family.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=mesh.tp_size,
-        pipeline_model_parallel_size=mesh.pp_size,
-        pipeline_dtype=dtype,
-        # Stages tell each other the length of each packed micro-batch.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # which the line above demands, experts or not
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
+    return {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "num_query_groups": num_kv_heads(hf),
+        "kv_channels": head_size(hf),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": family.qkv_bias,
+        "qk_layernorm": family.qk_norm != "none",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
         # Megatron marks a parameter as sharded where it initializes it; an unmarked one would count
         # once in the gradient norm. The weights themselves are the folder's.
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        bias_dropout_fusion=False,
-        calculate_per_token_loss=True,
-    )
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "bias_dropout_fusion": False,
+        "calculate_per_token_loss": True,
+    }
+
+
+def _window(positions: list[Positions]) -> dict[str, Any]:
+    """Hugging Face counts a token itself as one of its window, Megatron does not."""
+    windows = {each.window for each in positions if each.window is not None}
+    if not windows:
+        return {}
+    (window,) = windows
+    return {
+        "window_size": (window - 1, 0),
+        "window_attn_skip_freq": [int(each.window is not None) for each in positions],
+    }
+
+
+def _experts(hf: dict[str, Any]) -> dict[str, Any]:
+    if "num_experts" not in hf:
+        return {}
+    dense, every = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
+    return {
+        "num_moe_experts": hf["num_experts"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        # The softmax of the chosen logits is the chosen part of the softmax, normalized.
+        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_router_load_balancing_type": "none",
+        "moe_layer_freq": [
+            int(layer not in dense and (layer + 1) % every == 0)
+            for layer in range(hf["num_hidden_layers"])
+        ],
+    }
+
+
+def _layout(mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
+    parallel = mesh.parallel
+    interleaved = {
+        "virtual_pipeline_model_parallel_size": parallel.vpp,
+        # Megatron's default sends both directions between two stages in one batch, which mixes
+        # them up where the stages are only two (gradients off by their own size, no error).
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+    recompute = {
+        "none": {},
+        "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }[parallel.recompute]
+    return {
+        "tensor_model_parallel_size": mesh.tp_size,
+        "sequence_parallel": mesh.tp_size > 1,
+        "pipeline_model_parallel_size": mesh.pp_size,
+        "context_parallel_size": mesh.cp_size,
+        "expert_model_parallel_size": mesh.ep_size,
+        "pipeline_dtype": dtype,
+        # Stages tell each other the length of each packed micro-batch.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # which the line above demands, experts or not
+        **(interleaved if parallel.vpp > 1 else {}),
+        **recompute,
+    }
 
 
 def _leave(weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class MegatronAdam:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        models: Sequence[DistributedDataParallel],
         cfg: OptimizerConfig,
         *,
         dtype: torch.dtype,
@@ -38,9 +39,10 @@ class MegatronAdam:
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=models[0].ddp_config.overlap_param_gather,
         )
         with cuda_type_names():
-            self._optimizer = get_megatron_optimizer(config, [model])
+            self._optimizer = get_megatron_optimizer(config, [*models])
         self._schedule = OptimizerParamScheduler(
             self._optimizer,
             init_lr=0.0,

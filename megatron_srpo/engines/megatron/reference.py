@@ -6,7 +6,7 @@ and one parameter's worth of room is all that a reference costs, and both come b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,8 @@ import torch
 class ParkedWeights:
     """This rank's shard of the weights as they were when this was built."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._parameters = list(module.parameters())
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self._parameters = [p for module in modules for p in module.parameters()]
         pin = torch.cuda.is_available()  # otherwise every swap goes through a bounce buffer
         self._waiting = [
             torch.empty_like(p, device="cpu", pin_memory=pin, requires_grad=False).copy_(p.detach())

@@ -1,13 +1,15 @@
-"""Hugging Face tensors <-> Megatron's shards, over tensor and pipeline parallel ranks.
+"""Hugging Face tensors <-> Megatron's shards, over tensor, pipeline and expert parallel ranks.
 
     load_hf:       full tensors of a folder -> this rank's shards
     full_tensors:  every rank's shards -> full tensors, one at a time, the same on every rank
 
-A parameter is named as in a model of one stage: layers are counted over the whole pipeline.
+A parameter is named as in a model of one stage that holds all experts: layers are counted over the
+whole pipeline, experts over all ranks.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,37 +20,60 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.names import LAYER_PREFIX, Family, join, split
+from megatron_srpo.engines.megatron.names import (
+    EMBEDDING,
+    HEAD,
+    IN_EXPERT,
+    IN_LAYER,
+    Family,
+    Heads,
+    heads_of,
+    join,
+    part,
+    split,
+    whole,
+)
 from megatron_srpo.hf_folder import read_tensors
 from megatron_srpo.types import InputError
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What a rank must know of a parameter that another stage may hold."""
+    """What a rank must know of a parameter that another stage or expert rank may hold."""
 
     name: str
     stage: int
+    expert_rank: int | None
+    """Which expert parallel rank holds it; None: all of them do."""
     shape: tuple[int, ...]
     """On each tensor parallel rank."""
     dim: int | None
     """Along which it is sharded; None: every tensor parallel rank holds all of it."""
 
 
-def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """This stage's parameters, by their names in a model of one stage."""
-    return {_global_name(model, name): p for name, p in model.named_parameters()}
+def local_parameters(chunks: Sequence[GPTModel], mesh: Mesh) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters, by their names in a model of one stage."""
+    return {
+        _global_name(chunk, name, mesh): parameter
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
 
 
-def _global_name(model: GPTModel, name: str) -> str:
-    if not name.startswith(LAYER_PREFIX):
-        return name
-    index, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
-    layer: Any = model.decoder.layers[int(index)]
-    return f"{LAYER_PREFIX}{layer.layer_number - 1}.{rest}"
+def _global_name(chunk: GPTModel, name: str, mesh: Mesh) -> str:
+    def layer(match: re.Match[str]) -> str:
+        here: Any = chunk.decoder.layers[int(match[1])]
+        return f"decoder.layers.{here.layer_number - 1}.{match[2]}"
+
+    def expert(match: re.Match[str]) -> str:
+        num_experts = chunk.config.num_moe_experts
+        assert num_experts is not None
+        first = mesh.ep_rank * num_experts // mesh.ep_size
+        return f"{match[1]}{first + int(match[2])}{match[3]}"
+
+    return IN_EXPERT.sub(expert, IN_LAYER.sub(layer, name))
 
 
 def _sharded_dim(parameter: torch.nn.Parameter) -> int | None:
@@ -57,66 +82,59 @@ def _sharded_dim(parameter: torch.nn.Parameter) -> int | None:
     return marked.partition_dim if getattr(marked, "tensor_model_parallel", False) else None
 
 
-def all_shards(model: GPTModel, mesh: Mesh) -> list[Shard]:
-    """Collective: the parameters of all stages, first to last."""
+def all_shards(chunks: Sequence[GPTModel], mesh: Mesh) -> list[Shard]:
+    """Collective: the parameters of all stages and experts, in the same order on all ranks."""
     mine = [
-        Shard(name=name, stage=mesh.pp_rank, shape=tuple(p.shape), dim=_sharded_dim(p))
-        for name, p in local_parameters(model).items()
+        Shard(
+            name=name,
+            stage=mesh.pp_rank,
+            expert_rank=mesh.ep_rank if IN_EXPERT.fullmatch(name) else None,
+            shape=tuple(p.shape),
+            dim=_sharded_dim(p),
+        )
+        for name, p in local_parameters(chunks, mesh).items()
     ]
-    of_stage = {shards[0].stage: shards for shards in mesh.gather(mine)}
-    return [shard for stage in sorted(of_stage) for shard in of_stage[stage]]
+    return list(dict.fromkeys(shard for shards in mesh.gather(mine) for shard in shards))
 
 
-def head_groups(model: GPTModel, mesh: Mesh) -> tuple[int, int]:
-    """(key-value groups of one tensor parallel rank, query heads in each)"""
-    num_groups = model.config.num_query_groups
-    assert num_groups is not None
-    return num_groups // mesh.tp_size, model.config.num_attention_heads // num_groups
-
-
-def load_hf(model: GPTModel, folder: Path, family: Family, mesh: Mesh) -> None:
+def load_hf(chunks: Sequence[GPTModel], folder: Path, mesh: Mesh) -> None:
     """Copy the folder's weights into the model. Raises `InputError` if they do not fit it."""
-    tied = model.share_embeddings_and_output_weights
+    tied = chunks[0].share_embeddings_and_output_weights
+    family, heads = family_of(folder), heads_of(folder)
     tensors = dict(read_tensors(folder))
     if tied and EMBEDDING in tensors:  # the last stage holds a copy of it as its head
         tensors[HEAD] = tensors[EMBEDDING]
-    num_groups, _ = head_groups(model, mesh)
     known: set[str] = {HEAD} if tied else set()
-    parameters = local_parameters(model)
-    for shard in all_shards(model, mesh):
+    parameters = local_parameters(chunks, mesh)
+    for shard in all_shards(chunks, mesh):
         layout, hf_names = family.rule(shard.name)
         known.update(hf_names)
         missing = [hf_name for hf_name in hf_names if hf_name not in tensors]
         if missing:
             raise InputError(f"{folder}: the weights lack {missing[0]}")
-        if shard.stage != mesh.pp_rank:
+        if shard.name not in parameters:
             continue
-        parts = [_part(tensors[hf_name], shard, mesh) for hf_name in hf_names]
-        joined = join(layout, parts, num_groups)
-        if joined.shape != shard.shape:
+        full = join(layout, [tensors[hf_name] for hf_name in hf_names], heads)
+        own = part(layout, full, shard.dim, mesh.tp_rank, mesh.tp_size)
+        if own.shape != shard.shape:
             raise InputError(
                 f"{folder}: {hf_names[0]} has a shape that does not fit config.json "
-                f"({tuple(joined.shape)} instead of {shard.shape})"
+                f"({tuple(own.shape)} instead of {shard.shape})"
             )
         with torch.no_grad():
-            parameters[shard.name].copy_(joined)
+            parameters[shard.name].copy_(own)
     if unknown := tensors.keys() - known:
         raise InputError(f"{folder}: weights that the model has no place for: {min(unknown)}")
 
 
-def _part(tensor: Tensor, shard: Shard, mesh: Mesh) -> Tensor:
-    """This tensor parallel rank's part of a full tensor."""
-    if shard.dim is None:
-        return tensor
-    return tensor.tensor_split(mesh.tp_size, dim=shard.dim)[mesh.tp_rank]
-
-
 def full_tensors(
-    model: GPTModel,
     family: Family,
+    heads: Heads,
     mesh: Mesh,
     shards: Sequence[Shard],
     local: Mapping[str, Tensor],
+    *,
+    tied: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Collective: (Hugging Face name, full tensor), weights or whatever has their shapes.
 
@@ -126,28 +144,25 @@ def full_tensors(
     head is not sent: the probe after a weight sync, which computes with it, shows whether it is the
     embedding still.
     """
-    tied = model.share_embeddings_and_output_weights
-    num_groups, heads_per_group = head_groups(model, mesh)
     some = next(iter(local.values()))
     for shard in shards:
         layout, hf_names = family.rule(shard.name)
         if tied and hf_names == (HEAD,):
             continue
-        here = _from_stage(shard, local, mesh, some)
-        of_ranks = [
-            split(layout, s, num_groups, heads_per_group) for s in _over_tp(shard, here, mesh)
-        ]
-        for hf_name, parts in zip(hf_names, zip(*of_ranks, strict=True), strict=True):
-            full = parts[0] if len(parts) == 1 else torch.cat(parts, dim=shard.dim or 0)
-            yield hf_name, full
+        here = _from_holder(shard, local, mesh, some)
+        full = whole(layout, _over_tp(shard, here, mesh), shard.dim)
+        for hf_name, tensor in zip(hf_names, split(layout, full, heads), strict=True):
+            yield hf_name, tensor
             if tied and hf_name == EMBEDDING:
-                yield HEAD, full
+                yield HEAD, tensor
 
 
-def _from_stage(shard: Shard, local: Mapping[str, Tensor], mesh: Mesh, like: Tensor) -> Tensor:
-    """The shard of this tensor parallel rank, from the stage that holds it."""
-    is_mine = shard.stage == mesh.pp_rank
+def _from_holder(shard: Shard, local: Mapping[str, Tensor], mesh: Mesh, like: Tensor) -> Tensor:
+    """The shard of this tensor parallel rank, from the stage and the expert rank that hold it."""
+    is_mine = shard.name in local
     tensor = local[shard.name].detach() if is_mine else like.new_empty(shard.shape)
+    if shard.expert_rank is not None and mesh.ep_size > 1 and shard.stage == mesh.pp_rank:
+        dist.broadcast(tensor, group=mesh.ep_group, group_src=shard.expert_rank)
     if mesh.pp_size > 1:
         dist.broadcast(tensor, group=mesh.pp_group, group_src=shard.stage)
     return tensor

@@ -1,40 +1,59 @@
-"""Which family is a Hugging Face model of, and is it supported?   Imports nothing of Megatron."""
+"""Which family is a Hugging Face model of, and is it supported?   Imports nothing of Megatron.
+
+Every file of this folder is a family and says so in `FAMILY`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.engines.megatron.families.qwen2 import QWEN2
 from megatron_srpo.engines.megatron.names import Family
+from megatron_srpo.engines.megatron.positions import check_rope
 from megatron_srpo.hf_folder import read_config
 from megatron_srpo.types import InputError
 
-FAMILIES = (QWEN2,)
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for module in pkgutil.iter_modules(__path__)
+    for family in [importlib.import_module(f"{__name__}.{module.name}").FAMILY]
+}
 
 
 def family_of(folder: Path) -> Family:
     """Raises `InputError` for a model that is not supported."""
     config = read_config(folder)
     model_type = config.get("model_type")
-    known = {name: family for family in FAMILIES for name in family.model_types}
-    if model_type not in known:
+    if model_type not in FAMILIES:
         raise InputError(
-            f"{folder}: model_type {model_type!r} is not supported (supported: {', '.join(known)})"
+            f"{folder}: model_type {model_type!r} is not supported "
+            f"(supported: {', '.join(sorted(FAMILIES))})"
         )
-    if config.get("use_sliding_window") or config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{folder}: sliding windows and activations but silu are not supported")
-    if (scaling := _rope(config)) != "default":
-        raise InputError(f"{folder}: rotary scaling {scaling!r} is not supported")
-    return known[model_type]
+    family = FAMILIES[model_type]
+    architectures = config.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise InputError(
+            f"{folder}: the architecture {architectures[0]!r} is not supported "
+            f"(of {model_type} models only {family.architecture})"
+        )
+    for key, only in ONLY.items():
+        if config.get(key, only) not in (only, None):
+            raise InputError(
+                f"{folder}: {key}={config[key]!r} is not supported in {model_type} models"
+            )
+    check_rope(folder, config)
+    return family
 
 
-def rope_theta(config: dict[str, Any]) -> float:
-    """Base of the rotary frequencies, wherever this version of config.json has it."""
-    parameters = config.get("rope_parameters") or {}
-    return parameters.get("rope_theta") or config.get("rope_theta", 10000.0)
-
-
-def _rope(config: dict[str, Any]) -> str:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return scaling.get("rope_type", scaling.get("type", "default"))
+ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": 1,
+}
+"""What config.json may say, where it says it: Megatron computes nothing else here."""

@@ -1,0 +1,158 @@
+"""Packed micro-batches through the policy, over pipeline, tensor and context parallel ranks.
+
+    micro-batch -> logits of this rank's part -> what is made of them, on the last stage
+
+Legend: T packed tokens, V padded vocabulary / TP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_srpo.engines.megatron.context import with_others, zigzag
+from megatron_srpo.engines.megatron.logprobs import (
+    scaled_logits,
+    token_entropies,
+    token_logprobs,
+)
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.engines.megatron.names import Heads
+from megatron_srpo.types import MicroBatch
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Forward:
+    """The parts of the policy that this rank holds, and how they are run."""
+
+    def __init__(self, models: Sequence[torch.nn.Module], mesh: Mesh, heads: Heads) -> None:
+        """`models`: chunks of an interleaved pipeline, or the one of any other."""
+        self._models, self._mesh, self._heads = list(models), mesh, heads
+        self._device = next(models[0].parameters()).device
+
+    def run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        finish: Callable[[int, Tensor], tuple[Tensor, R]],
+        *,
+        forward_only: bool,
+    ) -> list[R]:
+        """Megatron's schedule. `finish` makes of a micro-batch's index and logits [T / CP, V] its
+        loss and a result; results come in the order of the micro-batches, from the last stage only.
+        """
+
+        def forward_step(indices: Iterator[int], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            index = next(indices)
+
+            def loss_func(output: Tensor) -> tuple[Tensor, Tensor, R]:
+                loss, result = finish(index, output[0])
+                return loss, torch.zeros((), dtype=torch.int), result
+
+            return self._chunk_output(model, micro_batches[index]), loss_func
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=one_or_all([iter(range(len(micro_batches))) for _ in self._models]),
+            model=one_or_all(self._models),
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(m.token_ids) for m in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _chunk_output(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+        cu_seqlens = self.tensor(micro_batch.cu_seqlens)
+        longest = int(np.diff(micro_batch.cu_seqlens).max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return model(
+            self._own_part(micro_batch.token_ids, cu_seqlens)[None],
+            self._own_part(micro_batch.position_ids, cu_seqlens)[None],
+            None,
+            packed_seq_params=packed,
+        )
+
+    def _own_part(self, ids: np.ndarray, cu_seqlens: Tensor) -> Tensor:
+        """[T / CP] of this context parallel rank."""
+        ids_T = self.tensor(ids).long()
+        if self._mesh.cp_size == 1:
+            return ids_T
+        return ids_T[zigzag(cu_seqlens, self._mesh.cp_size)[self._mesh.cp_rank]]
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """On the policy's device."""
+        return torch.tensor(array, device=self._device)
+
+    def logprobs(
+        self, logits_TV: Tensor, micro_batch: MicroBatch, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """[T] log-probs of all targets and [T] entropies, on every context parallel rank; only
+        what this rank computed has a gradient."""
+        cu_seqlens = self.tensor(micro_batch.cu_seqlens)
+        scaled_TV = scaled_logits(logits_TV, temperature=temperature, num_real=self._num_real)
+        entropies_T = token_entropies(scaled_TV.detach(), group=self._mesh.tp_group)
+        logprobs_T = token_logprobs(scaled_TV, self._own_part(micro_batch.target_ids, cu_seqlens))
+        if self._mesh.cp_size == 1:
+            return logprobs_T, entropies_T
+        group = self._mesh.cp_group
+        return (
+            with_others(logprobs_T, cu_seqlens, group),
+            with_others(entropies_T, cu_seqlens, group),
+        )
+
+    @property
+    def _num_real(self) -> int:
+        """How many columns of this rank's logits are tokens that exist."""
+        num_columns = self._heads.padded_vocab_size // self._mesh.tp_size
+        real = self._heads.vocab_size - self._mesh.tp_rank * num_columns
+        return min(max(real, 0), num_columns)
+
+    @torch.no_grad()
+    def target_logprobs(
+        self, micro_batches: Sequence[MicroBatch], *, temperature: float
+    ) -> list[Tensor]:
+        """[T] each, under the weights that are in the model now. Only the last stage knows them: on
+        the others it is room to receive them into."""
+
+        def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+            found_T, _ = self.logprobs(logits_TV, micro_batches[index], temperature=temperature)
+            return found_T.sum(), found_T  # the schedule wants a loss; nothing descends it
+
+        found = self.run(micro_batches, finish, forward_only=True)
+        return found or [torch.empty(len(m.token_ids), device=self._device) for m in micro_batches]
+
+    @torch.no_grad()
+    def logits(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Each [T, vocabulary] float32, on the last stage only: to be compared, not to train."""
+        mesh = self._mesh
+
+        def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+            wide_TV = logits_TV.float().contiguous()
+            shards = [torch.empty_like(wide_TV) for _ in range(mesh.tp_size)]
+            dist.all_gather(shards, wide_TV, group=mesh.tp_group)
+            full_TV = torch.cat(shards, dim=-1)[:, : self._heads.vocab_size]
+            if mesh.cp_size > 1:
+                cu_seqlens = self.tensor(micro_batches[index].cu_seqlens)
+                full_TV = with_others(full_TV, cu_seqlens, mesh.cp_group)
+            return full_TV.sum(), full_TV  # the schedule wants a loss; nothing descends it
+
+        return self.run(micro_batches, finish, forward_only=True)
+
+
+def one_or_all(of_chunks: list[T]) -> T | list[T]:
+    """Megatron's schedules want a list only of an interleaved pipeline's chunks."""
+    return of_chunks[0] if len(of_chunks) == 1 else of_chunks
