@@ -30,6 +30,7 @@ from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import build_mesh
 from megatron_srpo.journal import read_step
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.types import Tokens
 
@@ -80,9 +81,11 @@ def measured(steps: list[dict[str, float]], name: str) -> list[float]:
 
 def export_difference(hf: Path, sequences: list[Tokens]) -> float:
     """Largest |logit| difference, each side in fp32."""
+    mesh = build_mesh()
+    layout = PackLayout.on(mesh, max_tokens=1)
     learner = MegatronLearner(
         hf,
-        build_mesh(),
+        mesh,
         dtype=torch.float32,
         temperature=1.0,
         optimizer=OptimizerConfig(),
@@ -95,7 +98,7 @@ def export_difference(hf: Path, sequences: list[Tokens]) -> float:
         sample = demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)
         inputs = torch.tensor(tokens[:-1], dtype=torch.long)[None]
         with torch.no_grad():
-            ours = learner.logits(learner.module, pack([sample]))[0]
+            ours = learner.logits(learner.module, pack([sample], layout))[0]
             theirs = model(inputs).logits[0]
         largest = max(largest, float((ours - theirs).abs().max()))
     return largest

@@ -56,6 +56,7 @@ from megatron_srpo.loss import (
     policy_loss,
     to_metrics,
 )
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
 
 R = TypeVar("R")
@@ -270,8 +271,9 @@ class MegatronLearner:
         """Each [T - 1]: log-prob of every token after the first, on all ranks of the copy."""
         if not sequences:
             return []
+        layout = PackLayout.on(self._mesh, max_tokens=1)
         micro_batches = [
-            pack([demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)])
+            pack([demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)], layout)
             for tokens in sequences
         ]
         found = self._target_logprobs(micro_batches, temperature=temperature)
@@ -279,7 +281,10 @@ class MegatronLearner:
             for logprobs_T in found:
                 last = self._mesh.pp_size - 1
                 dist.broadcast(logprobs_T, group=self._mesh.pp_group, group_src=last)
-        return [logprobs_T.cpu().numpy() for logprobs_T in found]
+        return [
+            logprobs_T[: len(tokens) - 1].cpu().numpy()
+            for tokens, logprobs_T in zip(sequences, found, strict=True)
+        ]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         parameters = local_parameters(self.module)
