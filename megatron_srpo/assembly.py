@@ -21,6 +21,7 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay
 from megatron_srpo.metrics import Sums
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
 from megatron_srpo.replica import LeaderReward, LeaderRule
 from megatron_srpo.rollouts import Roles
@@ -84,7 +85,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         exchange=partial(
             exchange,
             mesh=mesh,
-            max_tokens=cfg.micro_batch_tokens,
+            layout=PackLayout.on(mesh, max_tokens=cfg.micro_batch_tokens),
             with_silent=cfg.loss.kl_coef > 0,
         ),
         learner=learner,

@@ -13,11 +13,12 @@ import numpy as np
 
 from megatron_srpo.batching import pack, plan_micro_batches
 from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.types import Batch, Sample
 
 
 def exchange(
-    samples: Sequence[Sample], mesh: Mesh, *, max_tokens: int, with_silent: bool = False
+    samples: Sequence[Sample], mesh: Mesh, *, layout: PackLayout, with_silent: bool = False
 ) -> Batch:
     """Collective. A replica's ranks hold the same samples: its leader's are the ones that count.
 
@@ -39,7 +40,7 @@ def exchange(
     num_auxiliary = sum(number for _, _, number in shares)
     if not lengths:
         return Batch(micro_batches=(), denominator=denominator)
-    plan = plan_micro_batches(lengths, num_ranks=mesh.dp_size, max_tokens=max_tokens)
+    plan = plan_micro_batches(lengths, layout)
 
     first = sum(len(share) for share, _, _ in shares[: mesh.rank])
     mine = {
@@ -56,7 +57,9 @@ def exchange(
     for arrived in mesh.exchange(outgoing):
         here |= arrived
     return Batch(
-        micro_batches=tuple(pack([here[index] for index in bin]) for bin in plan[mesh.dp_rank]),
+        micro_batches=tuple(
+            pack([here[index] for index in bin], layout) for bin in plan[mesh.dp_rank]
+        ),
         denominator=denominator,
     )
 

@@ -18,6 +18,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
 from megatron_srpo.exchange import exchange
 from megatron_srpo.export import save_hf
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.stopwatch import Stopwatch
@@ -41,6 +42,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
         loss=LossConfig(),
         num_steps=cfg.sft.num_steps,
     )
+    layout = PackLayout.on(mesh, max_tokens=cfg.micro_batch_tokens)
     if mesh.rank == 0:
         folder.create(cfg)
     stopwatch = Stopwatch()
@@ -60,7 +62,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
                 )
                 for i in mine
             ]
-            batch = exchange(samples, mesh, max_tokens=cfg.micro_batch_tokens)
+            batch = exchange(samples, mesh, layout=layout)
             with stopwatch.phase("train"):
                 stats = learner.update([batch])
             metrics = {"loss": stats["loss"], "grad_norm": stats["grad_norm"], **stopwatch.take()}

@@ -238,12 +238,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """Sequences laid end to end (THD), one forward pass. Entry t holds what token t predicts."""
+    """Sequences laid end to end (THD), one forward pass. Entry t holds what token t predicts.
+
+    Each sequence may end in padding (`PackLayout` says how much), which weighs nothing: 0 in every
+    field but `position_ids`.
+    """
 
     token_ids: Tokens
     """[T] inputs"""
     position_ids: Tokens
-    """[T] from 0 in each sequence"""
+    """[T] from 0 in each sequence, on into its padding"""
     target_ids: Tokens
     """[T] the next token of the same sequence"""
     loss_weight: Floats
@@ -253,7 +257,7 @@ class MicroBatch:
     logprob: Floats
     """[T] of the target, behaviour policy's"""
     cu_seqlens: Tokens
-    """[sequences + 1] where sequences begin, and the end"""
+    """[sequences + 1] where sequences, each with its padding, begin, and the end"""
     sample_ids: tuple[str, ...]
     """Whose sequences these are, for messages."""
 
@@ -266,6 +270,7 @@ class Batch:
     """What one rank learns from in one optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """As many as on every other rank; none if no sample of any rank carries a gradient."""
+    """As many as on every other rank, a number that the pipeline takes; none if no sample of any
+    rank carries a gradient."""
     denominator: float
     """Sum of `Sample.count` over all samples of all ranks, those without a gradient included."""

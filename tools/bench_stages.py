@@ -78,6 +78,7 @@ def work(num_rollouts: int, num_tokens: int, repeat: int, scratch: Path) -> None
     from megatron_srpo.exchange import exchange
     from megatron_srpo.journal import Journal, read_step
     from megatron_srpo.metrics import rollout_sums
+    from megatron_srpo.pack_layout import PackLayout
     from megatron_srpo.thoughts import split_thoughts
 
     mesh = build_mesh()
@@ -89,6 +90,7 @@ def work(num_rollouts: int, num_tokens: int, repeat: int, scratch: Path) -> None
     before = peak_gib()
     samples = to_samples(groups, GroupNormalized(cfg), cfg)
     lengths = [len(sample.token_ids) - 1 for sample in samples]
+    layout = PackLayout.on(mesh, max_tokens=2 * num_tokens)
     tokenizer = BytePairs()
     stages: dict[str, Callable[[], object]] = {
         "thoughts": lambda: [
@@ -100,9 +102,9 @@ def work(num_rollouts: int, num_tokens: int, repeat: int, scratch: Path) -> None
         "metrics": lambda: rollout_sums(groups, cfg),
         "journal_write": lambda: journal.write(0, groups),
         "journal_read": lambda: read_step(folder, 0),
-        "plan": lambda: plan_micro_batches(lengths, num_ranks=2, max_tokens=2 * num_tokens),
-        "pack": lambda: [pack(samples[i : i + 2]) for i in range(0, len(samples), 2)],
-        "exchange": lambda: exchange(samples, mesh, max_tokens=2 * num_tokens),
+        "plan": lambda: plan_micro_batches(lengths, layout),
+        "pack": lambda: [pack(samples[i : i + 2], layout) for i in range(0, len(samples), 2)],
+        "exchange": lambda: exchange(samples, mesh, layout=layout),
     }
     found: dict[str, float] = {}
     for name, stage in stages.items():

@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_srpo.batching import pack
-from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.forward import Forward
 from megatron_srpo.engines.megatron.mesh import build_mesh
 from megatron_srpo.engines.megatron.model import build_chunks
@@ -88,12 +86,9 @@ def export_difference(hf: Path, sequences: list[Tokens]) -> float:
     forward = Forward(chunks, mesh, heads_of(hf))
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     largest = 0.0
-    for tokens in sequences:
-        sample = demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)
-        inputs = torch.tensor(tokens[:-1], dtype=torch.long)[None]
+    for tokens, ours in zip(sequences, forward.logits(sequences), strict=True):
         with torch.no_grad():
-            (ours,) = forward.logits([pack([sample])])
-            theirs = model(inputs).logits[0]
+            theirs = model(torch.tensor(tokens[:-1], dtype=torch.long)[None]).logits[0]
         largest = max(largest, float((ours - theirs).abs().max()))
     return largest
 

@@ -27,6 +27,7 @@ from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.types import Group, Prompt, Sample, Score
 from tests.e2e.small_run import write_small_run
@@ -166,7 +167,12 @@ class World:
             samples = self.samples(self.config()) + auxiliary(step)
             learner.update(
                 [
-                    exchange(part, self.mesh, max_tokens=1000, with_silent=cfg.loss.kl_coef > 0)
+                    exchange(
+                        part,
+                        self.mesh,
+                        layout=PackLayout.on(self.mesh, max_tokens=1000),
+                        with_silent=cfg.loss.kl_coef > 0,
+                    )
                     for part in mini_batches(samples, cfg.loss.updates_per_batch)
                 ]
             )

@@ -16,6 +16,7 @@ from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import tensor_shapes
 from megatron_srpo.inputs import read_inputs
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.train import loop
@@ -73,7 +74,9 @@ def synced(mesh: Mesh, policy: Path, stale_on: int | None) -> dict[str, Any]:
         try:
             for step in range(3):
                 samples = own_share(random_samples(5, seed=step), mesh)
-                learner.update([exchange(samples, mesh, max_tokens=100)])
+                learner.update(
+                    [exchange(samples, mesh, layout=PackLayout.on(mesh, max_tokens=100))]
+                )
                 found["probe"].append(weight_sync(version=step + 1)["sync/probe_logprob_abs_max"])
         except AlarmError as alarm:
             return found | {"alarm": str(alarm)}

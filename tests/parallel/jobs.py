@@ -18,6 +18,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
 from megatron_srpo.exchange import exchange
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Generator
 from megatron_srpo.replica import LeaderReward, LeaderRule
 from megatron_srpo.types import AlarmError, Prompt, Request, Reset, Rollout, Sample, Score, Tokens
@@ -82,7 +83,9 @@ def own_share(samples: Sequence[Sample], mesh: Mesh) -> Sequence[Sample]:
 def gradient(mesh: Mesh, policy: Path, max_tokens: int) -> tuple[dict[str, float], Tensors]:
     learner = build_learner(policy, mesh)
     samples = own_share(random_samples(NUM_SAMPLES, seed=1), mesh)
-    stats = learner.backward(exchange(samples, mesh, max_tokens=max_tokens))
+    stats = learner.backward(
+        exchange(samples, mesh, layout=PackLayout.on(mesh, max_tokens=max_tokens))
+    )
     gradients = hf_gradients(learner, mesh)
     return stats, gradients if mesh.rank == 0 else {}
 
@@ -92,7 +95,9 @@ def three_steps(mesh: Mesh, policy: Path) -> tuple[list[dict[str, float]], Tenso
     stats: list[dict[str, float]] = []
     for step in range(3):
         samples = own_share(random_samples(5, seed=step), mesh)
-        stats.append(learner.update([exchange(samples, mesh, max_tokens=100)]))
+        stats.append(
+            learner.update([exchange(samples, mesh, layout=PackLayout.on(mesh, max_tokens=100))])
+        )
     exported = {name: tensor.clone() for name, tensor in learner.export()}
     return stats, exported if mesh.rank == 0 else {}
 
@@ -102,7 +107,12 @@ def updated(mesh: Mesh, policy: Path) -> tuple[dict[str, float], Tensors]:
     learner = build_learner(policy, mesh, loss=PPO)
     samples = [replace(s, turn=i % 2) for i, s in enumerate(random_samples(10, seed=4))]
     batches = [
-        exchange(own_share(turn, mesh), mesh, max_tokens=100, with_silent=True)
+        exchange(
+            own_share(turn, mesh),
+            mesh,
+            layout=PackLayout.on(mesh, max_tokens=100),
+            with_silent=True,
+        )
         for turn in mini_batches(samples, PPO.updates_per_batch)
     ]
     stats = learner.update(batches)
@@ -129,7 +139,9 @@ def not_a_number(mesh: Mesh, policy: Path) -> str:
             if name == "decoder.final_layernorm.weight":
                 parameter[0] = float("nan")
     try:
-        learner.update([exchange(own_share(samples, mesh), mesh, max_tokens=100)])
+        learner.update(
+            [exchange(own_share(samples, mesh), mesh, layout=PackLayout.on(mesh, max_tokens=100))]
+        )
     except AlarmError as alarm:
         return str(alarm)
     return "no alarm"
@@ -138,7 +150,7 @@ def not_a_number(mesh: Mesh, policy: Path) -> str:
 def exchanged(mesh: Mesh) -> tuple[int, list[str], float]:
     """(slot, ids in the order of micro-batches, denominator)"""
     samples = own_share(random_samples(NUM_SAMPLES, seed=1), mesh)
-    batch = exchange(samples, mesh, max_tokens=100)
+    batch = exchange(samples, mesh, layout=PackLayout.on(mesh, max_tokens=100))
     ids = [id for micro_batch in batch.micro_batches for id in micro_batch.sample_ids]
     return mesh.dp_rank, ids, batch.denominator
 
@@ -152,7 +164,12 @@ def silent_samples(mesh: Mesh, with_silent: bool) -> tuple[int, float]:
             advantage=sample.advantage if index < 3 else sample.advantage * nothing,
             loss_weight=sample.loss_weight if index < 5 else sample.loss_weight * nothing,
         )
-    batch = exchange(own_share(samples, mesh), mesh, max_tokens=100, with_silent=with_silent)
+    batch = exchange(
+        own_share(samples, mesh),
+        mesh,
+        layout=PackLayout.on(mesh, max_tokens=100),
+        with_silent=with_silent,
+    )
     return sum(len(m.sample_ids) for m in batch.micro_batches), batch.denominator
 
 

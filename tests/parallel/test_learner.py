@@ -16,6 +16,7 @@ from megatron_srpo.engines.megatron.logprobs import scaled_logits, token_entropi
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import write_folder
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.types import AlarmError, Batch, Sample
 from tests.parallel.jobs import (
     NUM_SAMPLES,
@@ -41,14 +42,21 @@ def expected(policy: Path) -> Reference:
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
 @pytest.mark.parametrize("order", ["as drawn", "reversed"])
-def test_the_gradient_does_not_depend_on_micro_batch_size_or_packing_order(
-    policy: Path, mesh: Mesh, expected: Reference, max_tokens: int, order: str
+@pytest.mark.parametrize("padded_for", [{}, {"cp": 3, "tp": 2}], ids=["unpadded", "padded"])
+def test_the_gradient_does_not_depend_on_micro_batch_size_packing_order_or_padding(
+    policy: Path,
+    mesh: Mesh,
+    expected: Reference,
+    max_tokens: int,
+    order: str,
+    padded_for: dict[str, int],
 ) -> None:
     learner = build_learner(policy, mesh)
     samples = random_samples(NUM_SAMPLES, seed=1)
     if order == "reversed":
         samples.reverse()
-    stats = learner.backward(exchange(samples, mesh, max_tokens=max_tokens))
+    layout = PackLayout.of(num_slots=1, max_tokens=max_tokens, **padded_for)
+    stats = learner.backward(exchange(samples, mesh, layout=layout))
     assert_gradient(stats, hf_gradients(learner, mesh), expected)
 
 
@@ -66,7 +74,7 @@ def test_samples_without_advantage_change_only_the_denominator(policy: Path, mes
         for s in samples[3:]
     ]
     learner = build_learner(policy, mesh)
-    batch = exchange([*samples[:3], *silent], mesh, max_tokens=1000)
+    batch = exchange([*samples[:3], *silent], mesh, layout=PackLayout.on(mesh, max_tokens=1000))
     assert batch.denominator == 6
     assert sum(len(m.sample_ids) for m in batch.micro_batches) == 3
     stats = learner.backward(batch)
@@ -90,7 +98,7 @@ def test_an_auxiliary_loss_is_its_weight_times_its_mean_whatever_the_denominator
         demonstration_sample(f"d{i}", tokens[:2], tokens[2 : 5 + i], weight=0.1, count=0.0)
         for i in range(3)
     ]
-    batch = exchange([*policy, *shown], mesh, max_tokens=1000)
+    batch = exchange([*policy, *shown], mesh, layout=PackLayout.on(mesh, max_tokens=1000))
     total = sum(m.loss_weight[np.isnan(m.logprob)].sum() for m in batch.micro_batches)
     assert total / batch.denominator == pytest.approx(0.1, rel=1e-6)
 
@@ -139,7 +147,14 @@ def test_a_loss_that_is_not_a_number_names_its_samples(policy: Path, mesh: Mesh)
     with torch.no_grad():
         learner.modules[0].embedding.word_embeddings.weight[int(bad.token_ids[3])] = float("nan")
     with pytest.raises(AlarmError, match=f"the loss is not finite in samples .*{bad.id}"):
-        learner.update([Batch(micro_batches=(pack([good, bad]),), denominator=2.0)])
+        learner.update(
+            [
+                Batch(
+                    micro_batches=(pack([good, bad], PackLayout.on(mesh, max_tokens=1000)),),
+                    denominator=2.0,
+                )
+            ]
+        )
 
 
 def test_a_batch_without_signal_leaves_the_policy_as_it_is(policy: Path, mesh: Mesh) -> None:

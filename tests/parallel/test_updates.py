@@ -17,6 +17,7 @@ from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.reference import ParkedWeights
+from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.types import Batch, Sample
 from tests.parallel.jobs import TEMPERATURE, build_learner
 from tests.tiny import logprobs_of, random_samples, reference_logprobs
@@ -40,10 +41,16 @@ def near_samples(policy: Path, *, seed: int) -> list[Sample]:
     return [*rollouts, demonstration_sample("shown", prompt, response, weight=0.1, count=0.0)]
 
 
+PADDED = PackLayout.of(num_slots=1, max_tokens=100, cp=2, fp8_multiple=16)
+
+
 def to_batches(samples: Sequence[Sample]) -> list[Batch]:
-    """Two micro-batches in each."""
+    """Two micro-batches in each, with padding in all sequences."""
     return [
-        Batch(micro_batches=(pack(own[:2]), pack(own[2:])), denominator=sum(s.count for s in own))
+        Batch(
+            micro_batches=(pack(own[:2], PADDED), pack(own[2:], PADDED)),
+            denominator=sum(s.count for s in own),
+        )
         for own in mini_batches(samples, PPO.updates_per_batch)
     ]
 

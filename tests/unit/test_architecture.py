@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
     "types protocols config config_file seeding environment run_folder",
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
-    "tokenizer hf_folder batching loss metrics stopwatch",
+    "tokenizer hf_folder pack_layout batching loss metrics stopwatch",
     "engines",
     "journal weight_sync colocation telemetry evaluate evaluate_model exchange replica export "
     "inputs sft assembly train",

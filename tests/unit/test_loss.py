@@ -296,6 +296,41 @@ def test_a_packed_micro_batch_is_its_sequences_alone(surrogate: str, importance:
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("importance", IMPORTANCES)
+def test_padding_at_the_end_of_a_sequence_changes_neither_loss_nor_metrics(
+    surrogate: str, importance: str
+):
+    lengths, padding = [8, 3, 12], 5
+    logprobs, tokens = drawn(2, lengths)
+    cfg = LossConfig.model_validate(
+        {"surrogate": surrogate, "importance": importance, "kl_coef": 0.1, "importance_cap": 1.2}
+    )
+    right, counters = policy_loss(logprobs, tokens, cfg, denominator=7.0)
+
+    def padded(values_T: Tensor | None, fill: float) -> Tensor:
+        assert values_T is not None
+        rows = [torch.cat([row, row.new_full([padding], fill)]) for row in values_T.split(lengths)]
+        return torch.cat(rows)
+
+    # The policy says something of padding too; nobody sampled it.
+    found, with_padding = policy_loss(
+        padded(logprobs, -11.0),
+        TokenTensors(
+            loss_weight_T=padded(tokens.loss_weight_T, 0.0),
+            advantage_T=padded(tokens.advantage_T, 0.0),
+            rollout_T=padded(tokens.rollout_T, 0.0),
+            old_T=padded(tokens.old_T, -12.0),
+            reference_T=padded(tokens.reference_T, -10.0),
+            cu_seqlens=torch.tensor([0, *itertools.accumulate(n + padding for n in lengths)]),
+        ),
+        cfg,
+        denominator=7.0,
+    )
+    torch.testing.assert_close(found, right, rtol=1e-13, atol=0)
+    assert to_metrics(with_padding) == pytest.approx(to_metrics(counters), rel=1e-12)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("importance", IMPORTANCES)
 def test_a_demonstration_is_cross_entropy_and_its_nan_reaches_no_gradient(
     surrogate: str, importance: str
 ):

@@ -17,6 +17,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_srpo.batching import pack
+from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.context import with_others, zigzag
 from megatron_srpo.engines.megatron.logprobs import (
     scaled_logits,
@@ -25,7 +27,8 @@ from megatron_srpo.engines.megatron.logprobs import (
 )
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import Heads
-from megatron_srpo.types import MicroBatch
+from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.types import Floats, MicroBatch, Tokens
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -135,10 +138,24 @@ class Forward:
         found = self.run(micro_batches, finish, forward_only=True)
         return found or [torch.empty(len(m.token_ids), device=self._device) for m in micro_batches]
 
-    @torch.no_grad()
-    def logits(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Each [T, vocabulary] float32, on the last stage only: to be compared, not to train."""
-        mesh = self._mesh
+    def sequence_logprobs(self, sequences: Sequence[Tokens], *, temperature: float) -> list[Floats]:
+        """Each [T - 1]: log-prob of every token after the first, on all ranks of the copy."""
+        if not sequences:
+            return []
+        found = self.target_logprobs(self._alone(sequences), temperature=temperature)
+        if self._mesh.pp_size > 1:
+            for logprobs_T in found:
+                last = self._mesh.pp_size - 1
+                dist.broadcast(logprobs_T, group=self._mesh.pp_group, group_src=last)
+        return [
+            logprobs_T[: len(tokens) - 1].cpu().numpy()
+            for tokens, logprobs_T in zip(sequences, found, strict=False)
+        ]
+
+    def logits(self, sequences: Sequence[Tokens]) -> list[Tensor]:
+        """Each [T - 1, vocabulary] float32, on the last stage only: to be compared, not to train.
+        At least one sequence."""
+        mesh, micro_batches = self._mesh, self._alone(sequences)
 
         def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
             wide_TV = logits_TV.float().contiguous()
@@ -150,7 +167,21 @@ class Forward:
                 full_TV = with_others(full_TV, cu_seqlens, mesh.cp_group)
             return full_TV.sum(), full_TV  # the schedule wants a loss; nothing descends it
 
-        return self.run(micro_batches, finish, forward_only=True)
+        with torch.no_grad():
+            found = self.run(micro_batches, finish, forward_only=True)
+        return [
+            full_TV[: len(tokens) - 1] for tokens, full_TV in zip(sequences, found, strict=False)
+        ]
+
+    def _alone(self, sequences: Sequence[Tokens]) -> list[MicroBatch]:
+        """A micro-batch for each sequence, and empty ones until their number is legal."""
+        layout = PackLayout.on(self._mesh, max_tokens=1)
+        samples = [
+            demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)
+            for tokens in sequences
+        ]
+        padding = -len(samples) % layout.count_multiple
+        return [pack([sample], layout) for sample in samples] + [pack([], layout)] * padding
 
 
 def one_or_all(of_chunks: list[T]) -> T | list[T]:

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -35,9 +34,7 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from megatron_srpo.batching import pack
 from megatron_srpo.config import LossConfig, OptimizerConfig
-from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.forward import Forward, one_or_all
 from megatron_srpo.engines.megatron.mesh import Mesh
@@ -227,18 +224,7 @@ class MegatronLearner:
 
     def logprobs(self, sequences: Sequence[Tokens], *, temperature: float) -> list[Floats]:
         """Each [T - 1]: log-prob of every token after the first, on all ranks of the copy."""
-        if not sequences:
-            return []
-        micro_batches = [
-            pack([demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)])
-            for tokens in sequences
-        ]
-        found = self._forward.target_logprobs(micro_batches, temperature=temperature)
-        if self._mesh.pp_size > 1:
-            for logprobs_T in found:
-                last = self._mesh.pp_size - 1
-                dist.broadcast(logprobs_T, group=self._mesh.pp_group, group_src=last)
-        return [logprobs_T.cpu().numpy() for logprobs_T in found]
+        return self._forward.sequence_logprobs(sequences, temperature=temperature)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         return full_tensors(
