@@ -197,7 +197,7 @@ class ParallelConfig(Section):
     cp: Count = 1
     """Processes that share each sequence (context parallel)."""
     ep: Count = 1
-    """Processes, of those that are data and context parallel, that share the experts."""
+    """Processes that share the experts of a stage; each expert is whole on one of them."""
     recompute: Literal["none", "attention", "full"] = "none"
     """What is computed again in the backward pass instead of kept: memory against time."""
     overlap: bool = False

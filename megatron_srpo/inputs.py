@@ -146,16 +146,18 @@ def check_layout(
     widths = {
         "the model's num_attention_heads": model["num_attention_heads"],
         "the model's intermediate_size": model["intermediate_size"],
-        "the model's moe_intermediate_size": model.get("moe_intermediate_size") or 0,
     }
+    expert_width = {"the model's moe_intermediate_size": model.get("moe_intermediate_size") or 0}
     layers = {"the model's num_hidden_layers": model["num_hidden_layers"]}
     processes = {"the number of processes": num_processes}
     experts = {"the model's number of experts": num_experts(model)}
     for numbers, knob, divisor in (
         (processes, "parallel.tp x parallel.pp x parallel.cp", tp * pp * cp),
-        (processes, "parallel.tp x parallel.pp x parallel.ep", tp * pp * ep),
+        (processes, "parallel.pp x parallel.ep", pp * ep),
         (processes, "rollout.tp", rollout_tp),
         (widths, "parallel.tp", tp),
+        (expert_width, "parallel.tp", tp if ep == 1 else 1),
+        (expert_width, "rollout.tp", rollout_tp),
         (layers, "parallel.pp x parallel.vpp", pp * parallel.vpp),
         (widths, "rollout.tp", rollout_tp),
         (experts, "parallel.ep", ep),

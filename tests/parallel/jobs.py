@@ -21,7 +21,17 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Generator
 from megatron_srpo.replica import LeaderReward, LeaderRule
-from megatron_srpo.types import AlarmError, Prompt, Request, Reset, Rollout, Sample, Score, Tokens
+from megatron_srpo.types import (
+    AlarmError,
+    Batch,
+    Prompt,
+    Request,
+    Reset,
+    Rollout,
+    Sample,
+    Score,
+    Tokens,
+)
 from tests.tiny import random_samples
 
 NUM_SAMPLES = 13
@@ -31,8 +41,6 @@ PPO = LossConfig(
     surrogate="ppo", kl_coef=0.1, importance="token_truncate", importance_cap=1.1,
     updates_per_batch=2,
 )  # fmt: skip
-MAX_TOKENS = (1, 100, 100_000)
-"""A sequence per micro-batch, several, all."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -80,26 +88,29 @@ def own_share(samples: Sequence[Sample], mesh: Mesh) -> Sequence[Sample]:
     return samples[mesh.replica :: mesh.num_replicas]
 
 
-def gradient(mesh: Mesh, policy: Path, max_tokens: int) -> tuple[dict[str, float], Tensors]:
-    learner = build_learner(policy, mesh)
-    samples = own_share(random_samples(NUM_SAMPLES, seed=1), mesh)
-    stats = learner.backward(
-        exchange(samples, mesh, layout=PackLayout.on(mesh, max_tokens=max_tokens))
-    )
+def sequences() -> list[Tokens]:
+    return [sample.token_ids for sample in random_samples(3, seed=5)]
+
+
+def shared(samples: Sequence[Sample], mesh: Mesh, *, max_tokens: int = 100) -> Batch:
+    """This rank's batch of samples that all replicas made together."""
+    layout = PackLayout.on(mesh, max_tokens=max_tokens)
+    return exchange(own_share(samples, mesh), mesh, layout=layout)
+
+
+def gradient(
+    learner: MegatronLearner, mesh: Mesh, max_tokens: int
+) -> tuple[dict[str, float], Tensors]:
+    samples = random_samples(NUM_SAMPLES, seed=1)
+    stats = learner.backward(shared(samples, mesh, max_tokens=max_tokens))
     gradients = hf_gradients(learner, mesh)
     return stats, gradients if mesh.rank == 0 else {}
 
 
-def three_steps(mesh: Mesh, policy: Path) -> tuple[list[dict[str, float]], Tensors]:
-    learner = build_learner(policy, mesh)
-    stats: list[dict[str, float]] = []
-    for step in range(3):
-        samples = own_share(random_samples(5, seed=step), mesh)
-        stats.append(
-            learner.update([exchange(samples, mesh, layout=PackLayout.on(mesh, max_tokens=100))])
-        )
-    exported = {name: tensor.clone() for name, tensor in learner.export()}
-    return stats, exported if mesh.rank == 0 else {}
+def three_steps(learner: MegatronLearner, mesh: Mesh) -> tuple[list[dict[str, float]], Tensors]:
+    stats = [learner.update([shared(random_samples(5, seed=step), mesh)]) for step in range(3)]
+    parameters = exported(learner)
+    return stats, parameters if mesh.rank == 0 else {}
 
 
 def updated(mesh: Mesh, policy: Path) -> tuple[dict[str, float], Tensors]:
@@ -119,29 +130,25 @@ def updated(mesh: Mesh, policy: Path) -> tuple[dict[str, float], Tensors]:
     return stats, {name: tensor.clone() for name, tensor in learner.export()}
 
 
-def exported(mesh: Mesh, policy: Path) -> Tensors:
-    return {name: tensor.clone() for name, tensor in build_learner(policy, mesh).export()}
+def exported(learner: MegatronLearner) -> Tensors:
+    return {name: tensor.clone() for name, tensor in learner.export()}
 
 
-def logprobs(mesh: Mesh, policy: Path, temperature: float) -> list[tuple[Tokens, np.ndarray]]:
+def logprobs(learner: MegatronLearner, mesh: Mesh) -> list[tuple[Tokens, np.ndarray]]:
     """Each copy of the policy is asked about other sequences."""
-    sequences = [s.token_ids for s in random_samples(4, seed=5 + mesh.dp_rank)]
-    found = build_learner(policy, mesh).logprobs(sequences, temperature=temperature)
+    sequences = [s.token_ids for s in random_samples(3, seed=5 + mesh.dp_rank)]
+    found = learner.logprobs(sequences, temperature=TEMPERATURE)
     return list(zip(sequences, found, strict=True))
 
 
-def not_a_number(mesh: Mesh, policy: Path) -> str:
-    """The message of the alarm, on every rank."""
-    learner = build_learner(policy, mesh)
-    samples = random_samples(4, seed=9)
+def not_a_number(learner: MegatronLearner, mesh: Mesh) -> str:
+    """The message of the alarm, on every rank; the learner is of no use after this."""
     with torch.no_grad():
         for name, parameter in local_parameters(learner.modules, mesh).items():
             if name == "decoder.final_layernorm.weight":
                 parameter[0] = float("nan")
     try:
-        learner.update(
-            [exchange(own_share(samples, mesh), mesh, layout=PackLayout.on(mesh, max_tokens=100))]
-        )
+        learner.update([shared(random_samples(4, seed=9), mesh)])
     except AlarmError as alarm:
         return str(alarm)
     return "no alarm"
@@ -258,13 +265,14 @@ def rank_sum(mesh: Mesh) -> int:
     return sum(mesh.gather(mesh.rank))
 
 
-def on_layout(mesh: Mesh, policy: Path) -> dict[str, Any]:
-    """All that the tests of a layout look at, in one job."""
+def on_layout(mesh: Mesh, policy: Path, max_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """All that the tests of a layout look at, in one job: in this order one learner serves all."""
+    learner = build_learner(policy, mesh)
     return {
-        "gradients": {max_tokens: gradient(mesh, policy, max_tokens) for max_tokens in MAX_TOKENS},
-        "updated": updated(mesh, policy),
-        "steps": three_steps(mesh, policy),
-        "exported": exported(mesh, policy),
-        "logprobs": logprobs(mesh, policy, TEMPERATURE),
-        "alarm": not_a_number(mesh, policy),
+        "exported": exported(learner),
+        "logits": learner._forward.logits(sequences()),
+        "logprobs": logprobs(learner, mesh),
+        "gradients": {tokens: gradient(learner, mesh, tokens) for tokens in max_tokens},
+        "steps": three_steps(learner, mesh),
+        "alarm": not_a_number(learner, mesh),
     }

@@ -38,13 +38,15 @@ class Pool:
         num: int,
         job: Callable[..., Any],
         *arguments: Any,
-        tp: int = 1,
-        pp: int = 1,
         rollout_tp: int = 1,
         timeout_s: float = 240,
+        **parallel: Any,
     ) -> list[Any]:
-        """What the job returned on each of `num` ranks; raises what a failed one raised."""
-        layout = {"parallel": ParallelConfig(tp=tp, pp=pp), "rollout_tp": rollout_tp}
+        """What the job returned on each of `num` ranks; raises what a failed one raised.
+
+        `parallel` are fields of `ParallelConfig`.
+        """
+        layout = {"parallel": ParallelConfig(**parallel), "rollout_tp": rollout_tp}
         port = _free_port()
         futures = [
             executor.submit(_on_rank, rank, num, port, layout, job, arguments)

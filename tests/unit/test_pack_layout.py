@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_srpo.config import ParallelConfig
 from megatron_srpo.pack_layout import PackLayout
 
 FIELDS = {
@@ -76,10 +77,9 @@ def test_the_limit_is_rounded_down_to_what_divides_but_not_to_nothing(
 
 
 def test_a_mesh_names_its_sizes():
-    mesh = cast(Any, SimpleNamespace(tp_size=3, pp_size=4, dp_size=5))
-    assert PackLayout.on(mesh, max_tokens=70) == PackLayout.of(
-        num_slots=5, max_tokens=70, tp=3, pp=4
-    )
+    sizes = {"tp": 3, "pp": 4, "vpp": 2, "cp": 5}
+    mesh = cast(Any, SimpleNamespace(parallel=ParallelConfig(**sizes), dp_size=7))
+    assert PackLayout.on(mesh, max_tokens=70) == PackLayout.of(num_slots=7, max_tokens=70, **sizes)
 
 
 @pytest.mark.parametrize("field", FIELDS)

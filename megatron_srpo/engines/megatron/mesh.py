@@ -1,8 +1,8 @@
 """Which processes hold what? Process groups as one frozen value.
 
 Two views of the same ranks. The trainer's: tensor x context x data x pipeline parallel, in
-Megatron's order (rank = tp + TP (cp + CP (dp + DP pp))); experts are shared by consecutive ranks of
-the context and data parallel ones. The rollout engines': replicas of consecutive ranks, each one
+Megatron's order (rank = tp + TP (cp + CP (dp + DP pp))); experts are shared by EP consecutive
+ranks of a stage. The rollout engines': replicas of consecutive ranks, each one
 engine.
 """
 
@@ -126,7 +126,10 @@ def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.tp,
+        # Whole experts where several ranks share them: gloo cannot gather what unequal numbers of
+        # tokens make of parts of one. Not where none are shared: the gradients of whole experts
+        # would then not be added up over tensor parallel ranks (0.16.1; wrong, without an error).
+        expert_tensor_parallel_size=1 if parallel.ep > 1 else parallel.tp,
     )
     # Megatron wants its random tracker seeded even where no dropout draws from it.
     tensor_parallel.model_parallel_cuda_manual_seed(0)

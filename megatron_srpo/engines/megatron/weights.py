@@ -90,7 +90,8 @@ def all_shards(chunks: Sequence[GPTModel], mesh: Mesh) -> list[Shard]:
             stage=mesh.pp_rank,
             expert_rank=mesh.ep_rank if IN_EXPERT.fullmatch(name) else None,
             shape=tuple(p.shape),
-            dim=_sharded_dim(p),
+            # Several expert parallel ranks hold whole experts, each its own.
+            dim=None if IN_EXPERT.fullmatch(name) and mesh.ep_size > 1 else _sharded_dim(p),
         )
         for name, p in local_parameters(chunks, mesh).items()
     ]

@@ -1,19 +1,26 @@
-"""Which shared memory do the processes of a CPU engine meet in? One that no other run has named.
+"""What does a CPU engine do otherwise than vLLM's own worker? Its memory's name, and its experts.
 
-Under `external_launcher` vLLM 0.32 names it after the group's ranks alone: two runs on a machine
-ask for the same names, and what a killed run left behind fails the next one ("create shm in
-SHMManager failed. errno: 17").
+- Under `external_launcher` vLLM 0.32 names the processes' shared memory after the group's ranks
+  alone: two runs on a machine ask for the same names, and what a killed run left behind fails the
+  next one ("create shm in SHMManager failed. errno: 17").
+- Experts are packed for the CPU when they are loaded first, and no more when they are loaded again
+  (unquantized_fused_moe_method.py: a kernel that exists is kept for the sake of CUDA graphs): after
+  a weight sync their outputs are wrong, without an error.
 """
 
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import torch.distributed as dist
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
-class OwnMemoryWorker(CPUWorker):
+class CPUEngineWorker(CPUWorker):
     """vLLM's worker; all ranks of a run build theirs together."""
 
     def init_device(self) -> None:
@@ -23,3 +30,11 @@ class OwnMemoryWorker(CPUWorker):
         dist.broadcast_object_list(name, src=0)
         self.distributed_init_method = f"file://{name[0]}"
         super().init_device()
+
+    def reload_weights(self, *arguments: Any, **others: Any) -> None:
+        """Experts get a new kernel, and so are packed again."""
+        for module in self.model_runner.get_model().modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
+        super().reload_weights(*arguments, **others)

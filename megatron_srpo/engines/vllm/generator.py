@@ -20,7 +20,7 @@ from megatron_srpo.types import AlarmError, Completion, Floats, Request, Tokens
 
 CPU_ARGUMENTS: dict[str, Any] = {
     "enforce_eager": True,
-    "worker_cls": "megatron_srpo.engines.vllm.cpu_worker.OwnMemoryWorker",
+    "worker_cls": "megatron_srpo.engines.vllm.cpu_worker.CPUEngineWorker",
     # The smallest block there: a cached prefix is reused in multiples of it.
     "block_size": 32,
     # vLLM 0.32 rewinds the generator of a seeded request whose prefill it cuts into chunks, and
