@@ -97,10 +97,10 @@ class MegatronLearner:
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
             self.module,
         )
-        self._optimizer = MegatronAdam(self.model, optimizer, dtype=dtype, num_steps=num_steps)
+        self.optimizer = MegatronAdam(self.model, optimizer, dtype=dtype, num_steps=num_steps)
         self._reference = ParkedWeights(self.module) if loss.kl_coef else None
         self.module.config.finalize_model_grads_func = _finalize_without_count
-        self.module.config.grad_scale_func = self._optimizer.scale_loss
+        self.module.config.grad_scale_func = self.optimizer.scale_loss
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer step per batch, all at one learning rate; returns metrics of all of them.
@@ -109,7 +109,7 @@ class MegatronLearner:
         batches together, `loss` and `loss/demonstrations` are means over the steps, `grad_norm` is
         the largest.
         """
-        lr = self._optimizer.advance()
+        lr = self.optimizer.advance()
         batches = [batch for batch in batches if batch.micro_batches]
         if not batches:
             return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0, "optimizer/lr": lr}
@@ -118,7 +118,7 @@ class MegatronLearner:
         grad_norms: list[float] = []
         for batch, items in zip(batches, passes, strict=True):
             counters.append(self._backward(items, batch.denominator))
-            grad_norms.append(self._optimizer.step())
+            grad_norms.append(self.optimizer.step())
             if not np.isfinite(grad_norms[-1]):
                 raise AlarmError(f"gradient norm is {grad_norms[-1]}")
         metrics = to_metrics(add_counters(counters))
@@ -154,7 +154,7 @@ class MegatronLearner:
 
     def _backward(self, items: Sequence[Pass], denominator: float) -> Counters:
         self.model.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         per_micro_batch = self._schedule(
             [item.micro_batch for item in items],
             lambda index, logits_TV: self._loss(logits_TV, items[index], denominator),

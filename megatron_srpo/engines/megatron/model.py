@@ -43,6 +43,7 @@ def build_model(folder: Path, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
         rotary_base=int(rope_theta(hf)),
         share_embeddings_and_output_weights=is_tied(folder),
     )
+    model.to(dtype)  # torch's own norms, which the local spec takes, come in float32
     load_hf(model, folder, family, mesh)
     return model
 
