@@ -49,18 +49,18 @@ def partial_place(folder: Path, step: int) -> Path:
 
 
 def find(folder: Path) -> tuple[dict[int, Path], list[Path]]:
-    """(whole checkpoints by step, in order; folders that are none)"""
+    """(whole checkpoints by step; folders that are none)"""
     whole: dict[int, Path] = {}
     torn: list[Path] = []
     for path in sorted(folder.glob("[0-9]*")):
         step, _, rest = path.name.partition(".")
-        if not step.isdecimal() or rest not in ("", "partial"):
+        if not path.is_dir() or not step.isdecimal() or rest not in ("", "partial"):
             continue  # not ours
         if not rest and _is_whole(path):
             whole[int(step)] = path
         else:
             torn.append(path)
-    return dict(sorted(whole.items())), torn
+    return whole, torn
 
 
 def _is_whole(path: Path) -> bool:

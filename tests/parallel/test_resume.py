@@ -42,6 +42,7 @@ def folder(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_steps=6,
         reward=f"{folder}/parity.py:parity",
         optimizer={"lr": 3e-4, "eps": 1e-3, "warmup_steps": 3, "decay": "linear"},
+        loss={"kl_coef": 0.1},  # of the initial policy, whatever was loaded
         checkpoint={"every": 2},
         retention={"data": str(folder / "demonstrations.jsonl")},
     )
@@ -84,9 +85,8 @@ def test_on_another_layout_the_next_three_steps_are_the_uninterrupted_run_s(
     are trained on by two tensor parallel processes with an engine each."""
     run = copy(folder, tmp_path / "run")
     (run / "checkpoints" / "000004" / "manifest.json").unlink()
-    ranks = pool.run(
-        2, resume_jobs.started, folder / "config.yaml", [f"run_dir={run}", "num_steps=6"], 5, tp=2
-    )
+    overrides = [f"run_dir={run}", "checkpoint.asynchronous=false"]
+    ranks = pool.run(2, resume_jobs.started, folder / "config.yaml", overrides, 5, tp=2)
     assert {alarm for alarm, _ in ranks} == {"stopped in step 5"}
     off = {
         name: max(

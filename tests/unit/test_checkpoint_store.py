@@ -34,7 +34,7 @@ def write(folder: Path, step: int) -> Path:
 def test_a_published_checkpoint_is_found_under_its_step_with_its_state(tmp_path: Path):
     paths = {step: write(tmp_path, step) for step in (12, 2, 1_000_000)}
     whole, torn = find(tmp_path)
-    assert list(whole.items()) == [(step, paths[step]) for step in (2, 12, 1_000_000)]
+    assert whole == paths
     assert torn == []
     assert whole[12].name == "000012"
     assert RunState.read(whole[12]).data == {"position": 48}
@@ -80,6 +80,7 @@ def test_what_is_no_checkpoint_s_name_is_left_alone(tmp_path: Path):
     write(tmp_path, 2)
     for name in ("notes", "000004.bak", "4th"):
         (tmp_path / name).mkdir()
+    (tmp_path / "000006").touch()
     assert find(tmp_path) == ({2: place(tmp_path, 2)}, [])
 
 

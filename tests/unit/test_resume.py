@@ -10,10 +10,10 @@ import pytest
 
 from megatron_srpo.checkpoint_store import find
 from megatron_srpo.config import Config
-from megatron_srpo.journal import Replay, Resumed, is_whole
+from megatron_srpo.journal import is_whole
 from megatron_srpo.resume import BEGINNING, progress_of, rewind
 from megatron_srpo.run_folder import RunFolder
-from megatron_srpo.types import Group, InputError, Prompt
+from megatron_srpo.types import InputError
 from tests.unit.builders import config
 from tests.unit.test_checkpoint_store import lose_the_manifest, write
 
@@ -109,14 +109,6 @@ def test_a_finished_run_is_refused(folder: RunFolder):
         progress_of(cfg_of(folder.root))
 
 
-def test_a_folder_in_which_a_process_is_at_work_is_refused(folder: RunFolder):
-    with folder.log.open("a") as log:
-        folder.lock(log)
-        with pytest.raises(InputError, match="another process is at work there"):
-            progress_of(cfg_of(folder.root))
-    assert progress_of(cfg_of(folder.root)).step == 4
-
-
 def test_a_folder_that_no_run_made_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match="already holds another run"):
@@ -152,19 +144,3 @@ def test_a_run_of_another_config_is_refused_in_one_line(
 )
 def test_how_the_work_is_divided_and_told_of_may_differ(folder: RunFolder, changes: dict[str, Any]):
     assert progress_of(cfg_of(folder.root, **changes)).step == 4
-
-
-def test_what_the_journal_holds_is_not_drawn_again(tmp_path: Path):
-    asked: list[int] = []
-
-    def draw(prompts: list[Prompt], *, step: int) -> list[Group]:
-        asked.append(step)
-        return []
-
-    collect = Resumed(replay=Replay(folder=tmp_path), held=range(4, 6), draw=draw)
-    for step in (6, 7):
-        collect([], step=step)
-    for step in (4, 5):
-        with pytest.raises(InputError, match=f"no rollouts of step {step}"):
-            collect([], step=step)
-    assert asked == [6, 7]
