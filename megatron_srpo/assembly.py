@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.algorithm import collect_groups
+from megatron_srpo.checkpoints import Checkpoints
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
 from megatron_srpo.data import EpochOrder
@@ -19,7 +20,7 @@ from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import attempt_sums, evaluate
 from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set
-from megatron_srpo.journal import Journal, Replay
+from megatron_srpo.journal import Journal, Replay, Resumed
 from megatron_srpo.metrics import Sums
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
@@ -54,9 +55,10 @@ class Run:
     evaluate: Callable[[], Sums]
     gpu: Colocation
     stopwatch: Stopwatch
-    max_mismatch: float
-    """Nats; infinite where the trainer's log-probs need not be the rollouts': in a replay, which
-    another policy may have sampled, and with `rollout.top_p` below 1, which renormalises them."""
+    first_step: int
+    replayed: range
+    """Steps whose rollouts come from a journal."""
+    checkpoints: Checkpoints
 
 
 def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Run:
@@ -71,14 +73,18 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
     replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
-    journal = Journal(folder=RunFolder(cfg.run_dir).rollouts, **replica)
-    is_comparable = replay is None and cfg.rollout.top_p == 1
+    folder, held = RunFolder(cfg.run_dir), inputs.progress.journalled
+    journal = Journal(folder=folder.rollouts, **replica, held=held)
     live = partial(collect_groups, roles=roles, cfg=cfg)
+    draw = Replay(folder=RunFolder(replay).rollouts) if replay else live
+    own = Replay(folder=folder.rollouts)
+    collect = Resumed(replay=own, held=held, draw=draw) if held else draw
+    data = prompt_set(cfg, inputs.prompts, **replica)
     return Run(
         cfg=cfg,
         mesh=mesh,
-        data=prompt_set(cfg, inputs.prompts, **replica),
-        collect=Replay(folder=RunFolder(replay).rollouts) if replay else live,
+        data=data,
+        collect=collect,
         credit=inputs.credit,
         auxiliary=auxiliary_samples(cfg, inputs, replica),
         record=journal.write if mesh.is_leader else _record_nothing,
@@ -104,7 +110,9 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         ),
         gpu=Colocation(stopwatch),
         stopwatch=stopwatch,
-        max_mismatch=cfg.max_logprob_diff if is_comparable else float("inf"),
+        first_step=inputs.progress.step,
+        replayed=range(cfg.num_steps) if replay else held,
+        checkpoints=Checkpoints(folder.checkpoints, cfg, learner=learner, data=data, mesh=mesh),
     )
 
 

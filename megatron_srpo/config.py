@@ -237,6 +237,26 @@ class EvalConfig(Section):
         return self
 
 
+class CheckpointConfig(Section):
+    every: CountOrZero = 0
+    """Steps between checkpoints, also after the last step; 0: none. A run that was stopped goes on
+    from the newest."""
+    keep_last: Count = 2
+    """The newest so many stay ..."""
+    keep_every: CountOrZero = 0
+    """... and those of every so many steps; 0: no others."""
+    asynchronous: bool = True
+    """The run goes on while a checkpoint is being written."""
+
+    @model_validator(mode="after")
+    def _kept_ones_are_made(self) -> CheckpointConfig:
+        if self.every and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of every={self.every}"
+            )
+        return self
+
+
 class LogConfig(Section):
     wandb: bool = False
     """Offline unless WANDB_API_KEY or WANDB_MODE is set."""
@@ -258,7 +278,8 @@ class SftConfig(Section):
 
 class Config(Section):
     run_dir: Path
-    """Everything that a run leaves; must not hold another run."""
+    """Everything that a run leaves. An unfinished run of the same config goes on; others must not
+    be there."""
     model: Path
     """Hugging Face folder of the policy to train."""
     seed: int = 0
@@ -283,6 +304,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     retention: RetentionConfig = RetentionConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sft: SftConfig | None = None
     """For `megatron-srpo sft`."""

@@ -37,7 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands. Raises `InputError` where there is none, or half of one."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a Hugging Face model folder (it has no config.json)")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     missing = [key for key in REQUIRED if key not in config]
     if missing:
         raise InputError(f"{folder / 'config.json'}: has no {missing[0]!r}")
@@ -71,7 +71,8 @@ def head_size(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises `InputError` for anything else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -84,7 +85,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it."""
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)
+        index = read_json(folder / INDEX)
         if "weight_map" not in index:
             raise InputError(f"{folder / INDEX}: has no `weight_map`")
         files = {name: folder / file for name, file in index["weight_map"].items()}
@@ -136,10 +137,7 @@ def write_folder(
     """
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in sorted(like.iterdir()):
-        if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.name != INDEX:
-            shutil.copyfile(file, partial / file.name)
+    copy_all_but_weights(like, partial)
     weights = {
         name: tensor.detach().contiguous().clone()
         for name, tensor in tensors
@@ -150,9 +148,17 @@ def write_folder(
     partial.rename(out)
 
 
+def copy_all_but_weights(like: Path, out: Path) -> None:
+    """Config, tokenizer and templates, into a new folder."""
+    out.mkdir(parents=True)
+    for file in sorted(like.iterdir()):
+        if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.name != INDEX:
+            shutil.copyfile(file, out / file.name)
+
+
 def _state_dtype(path: Path, dtype: torch.dtype) -> None:
     """The config names the dtype that the weights are stored in."""
-    config = _read_json(path)
+    config = read_json(path)
     named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype")}
     changed = config | {key: value for key, value in named.items() if key in config}
     path.write_text(json.dumps(changed, indent=2) + "\n", "utf-8")

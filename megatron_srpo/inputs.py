@@ -28,6 +28,7 @@ from megatron_srpo.hf_folder import (
 from megatron_srpo.journal import check_replay
 from megatron_srpo.protocols import CreditRule, ResetRule, Reward
 from megatron_srpo.resets import RULES
+from megatron_srpo.resume import Progress, progress_of
 from megatron_srpo.rewards import REWARDS
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
@@ -62,11 +63,13 @@ class Inputs:
     """Demonstrations of the retention loss; empty without one."""
     shapes: dict[str, tuple[int, ...]]
     """Hugging Face name -> shape of every tensor of the policy."""
+    progress: Progress
+    """Of the run in the run folder, if there is one."""
 
 
 def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) -> Inputs:
     """Everything that `train` needs of the user's files."""
-    RunFolder(cfg.run_dir).check_free()
+    progress = progress_of(cfg)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(cfg.parallel, read_config(cfg.model), **layout)
     _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
@@ -84,6 +87,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
         raise InputError(f"{cfg.data.train}: algorithm.resets=oracle needs `solution` in each row")
     if replay is not None:
         _check_replay(cfg, prompts, replay)
+    _check_rollouts(cfg, prompts, RunFolder(cfg.run_dir), progress.journalled)
     return Inputs(
         tokenizer=tokenizer,
         reward=find(cfg.reward, REWARDS, key="reward"),
@@ -94,6 +98,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
         dropped=[*dropped, *also_dropped],
         retained=read_demonstrations(cfg.retention.data, tokenizer) if cfg.retention.data else [],
         shapes=tensor_shapes(cfg.model),
+        progress=progress,
     )
 
 
@@ -245,7 +250,15 @@ def _check_replay(cfg: Config, prompts: Sequence[Prompt], replay: Path) -> None:
                 f"{sampled.top_p:g}: loss.importance={cfg.loss.importance} means nothing there "
                 f"for a policy at {cfg.rollout.temperature:g} and {cfg.rollout.top_p:g}"
             )
+    _check_rollouts(cfg, prompts, RunFolder(replay), range(cfg.num_steps))
+
+
+def _check_rollouts(
+    cfg: Config, prompts: Sequence[Prompt], folder: RunFolder, steps: range
+) -> None:
+    """Of every prompt that these steps draw."""
     order = prompt_set(cfg, prompts, replica=0, num_replicas=1)
-    for step in range(cfg.num_steps):
+    for step in range(steps.stop):
         ids = [prompt.id for prompt in order.next(cfg.algorithm.num_prompts)]
-        check_replay(RunFolder(replay).rollouts, ids, step=step)
+        if step in steps:
+            check_replay(folder.rollouts, ids, step=step)

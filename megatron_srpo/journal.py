@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_srpo.protocols import Collect
 from megatron_srpo.types import Group, InputError, Prompt, Reset, Rollout, Score, Thought
 
 
@@ -27,8 +28,12 @@ class Journal:
     folder: Path
     replica: int
     num_replicas: int
+    held: range = range(0)
+    """Steps whose rollouts are there already, maybe in the parts of another number of replicas."""
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
+        if step in self.held:
+            return
         self.folder.mkdir(exist_ok=True)
         stem = self.folder / f"{step:06d}-{self.replica:05d}-of-{self.num_replicas:05d}"
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -62,8 +67,25 @@ def check_replay(folder: Path, prompt_ids: Sequence[str], *, step: int) -> None:
         )
 
 
+def is_whole(folder: Path, step: int) -> bool:
+    """All parts of the step's rollouts are there."""
+    parts = _found(folder, step)
+    return bool(parts) and len(parts) == int(parts[0].stem.rpartition("-of-")[2])
+
+
+def drop_from(folder: Path, step: int) -> None:
+    """Removes what there is of that step and of later ones."""
+    for path in sorted(folder.glob("*-*-of-*")):
+        if int(path.name.partition("-")[0]) >= step:
+            path.unlink()
+
+
+def _found(folder: Path, step: int) -> list[Path]:
+    return sorted(folder.glob(f"{step:06d}-*-of-*.jsonl"))
+
+
 def _parts(folder: Path, step: int) -> list[Path]:
-    parts = sorted(folder.glob(f"{step:06d}-*-of-*.jsonl"))
+    parts = _found(folder, step)
     if not parts:
         raise InputError(f"{folder}: no rollouts of step {step}")
     num_replicas = int(parts[0].stem.rpartition("-of-")[2])
@@ -82,6 +104,20 @@ class Replay:
         wanted = {prompt.id for prompt in prompts}
         groups = read_step(self.folder, step)
         return [group for group in groups if group.prompt.id in wanted]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Implements `protocols.Collect`: what the journal holds is not drawn again."""
+
+    replay: Replay
+    held: range
+    """Steps."""
+    draw: Collect
+
+    def __call__(self, prompts: Sequence[Prompt], *, step: int) -> list[Group]:
+        collect = self.replay if step in self.held else self.draw
+        return collect(prompts, step=step)
 
 
 def _row(group: Group) -> dict[str, Any]:

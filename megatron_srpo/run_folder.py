@@ -1,10 +1,13 @@
-"""What a run leaves:  config.yaml  metrics.jsonl  log.txt  rollouts/  hf/  (wandb/ tensorboard/)"""
+"""What a run leaves:  config.yaml  metrics.jsonl  log.txt  rollouts/  checkpoints/  hf/"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config
@@ -16,12 +19,20 @@ class RunFolder:
     root: Path
 
     @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
     def rollouts(self) -> Path:
         return self.root / "rollouts"
 
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
 
     @property
     def log(self) -> Path:
@@ -31,6 +42,11 @@ class RunFolder:
     def hf(self) -> Path:
         """The trained policy in Hugging Face format."""
         return self.root / "hf"
+
+    @property
+    def is_unfinished(self) -> bool:
+        """A run began here and left no trained policy, the last thing that a run leaves."""
+        return self.config.is_file() and not self.hf.exists()
 
     def check_free(self) -> None:
         """Raises `InputError` if another run lives here, or something that is no folder."""
@@ -45,6 +61,27 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"run_dir={self.root}: {parent} is no folder that can be written to")
 
+    def check_idle(self) -> None:
+        """Raises `InputError` if a process is at work here."""
+        if self.log.is_file():
+            with self.log.open("a", encoding="utf-8") as log:
+                self.lock(log, fcntl.LOCK_SH)
+
+    def lock(self, log: IO[str], kind: int = fcntl.LOCK_EX) -> None:
+        """Until `log`, the open log.txt, is closed here and in processes that were forked.
+
+        Raises `InputError` if another process holds it. A file system without locks has none.
+        """
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(log, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"run_dir={self.root}: another process is at work there; stop it first"
+                ) from error
+
     def create(self, cfg: Config) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "config.yaml").write_text(dump_config(cfg), "utf-8")
+        partial = self.config.with_name(self.config.name + ".partial")
+        partial.write_text(dump_config(cfg), "utf-8")
+        partial.rename(self.config)

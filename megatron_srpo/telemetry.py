@@ -58,7 +58,10 @@ class Telemetry:
         name: str,
         num_steps: int,
         stopwatch: Stopwatch,
+        first_step: int = 0,
     ) -> None:
+        """`first_step` is above 0 where an earlier process has done the steps before it."""
+        self._first_step = first_step
         self._folder, self._cfg, self._name = folder, cfg, name
         self._num_steps, self._stopwatch = num_steps, stopwatch
         self._began = time.perf_counter()
@@ -69,6 +72,7 @@ class Telemetry:
             return self
         self._metrics = self._exits.enter_context(self._folder.metrics.open("a", encoding="utf-8"))
         self._log = self._exits.enter_context(self._folder.log.open("a", encoding="utf-8"))
+        self._folder.lock(self._log)
         handler = logging.StreamHandler(self._log)
         handler.setLevel(logging.WARNING)
         logging.getLogger().addHandler(handler)
@@ -85,7 +89,7 @@ class Telemetry:
             disable=not console.is_terminal,
         )
         self._exits.enter_context(self._progress)
-        self._task = self._progress.add_task("", total=self._num_steps)
+        self._task = self._progress.add_task("", total=self._num_steps, completed=self._first_step)
         self._wandb = self._start_wandb() if self._cfg.wandb else None
         self._board = self._start_tensorboard() if self._cfg.tensorboard else None
         return self
@@ -110,7 +114,8 @@ class Telemetry:
         from torch.utils.tensorboard import SummaryWriter
 
         assert self._folder is not None
-        writer = SummaryWriter(str(self._folder.root / "tensorboard"))
+        logdir = str(self._folder.root / "tensorboard")
+        writer = SummaryWriter(logdir, purge_step=self._first_step or None)
         self._exits.callback(writer.close)
         return writer
 
@@ -127,7 +132,8 @@ class Telemetry:
                 self._board.add_scalar(name, value, step)
         done = min(step + 1, self._num_steps)
         self._progress.update(self._task, completed=done, description=summary)
-        left = (time.perf_counter() - self._began) / done * (self._num_steps - done)
+        per_step = (time.perf_counter() - self._began) / max(1, done - self._first_step)
+        left = per_step * (self._num_steps - done)
         line = f"{self._name} {done}/{self._num_steps}  {summary}  {left:.0f} s left"
         self._log.write(line + "\n")
         self._log.flush()

@@ -14,44 +14,61 @@ from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.export import save_hf
 from megatron_srpo.inputs import Inputs
 from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
+from megatron_srpo.resume import rewind
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
 
 
 def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
-    """Run the config; or, with `replay`, train on the rollouts in that run's folder."""
-    folder = RunFolder(cfg.run_dir)
+    """Run the config, from where its run folder has come to; or, with `replay`, train on the
+    rollouts in that run's folder."""
     mesh = build_mesh(cfg.parallel, rollout_tp=cfg.rollout.tp)
+    train_on(mesh, cfg, inputs, replay)
+    destroy_mesh()
+
+
+def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
+    """The same on processes that have found each other."""
+    folder, progress = RunFolder(cfg.run_dir), inputs.progress
     run = assemble(cfg, inputs, mesh, replay)
     if mesh.rank == 0:
         folder.create(cfg)
-    mesh.gather(None)  # the folder is there before any rank writes into it
     with Telemetry(
         folder if mesh.rank == 0 else None,
         cfg.log,
         name=f"train {cfg.algorithm.resets}",
         num_steps=cfg.num_steps,
         stopwatch=run.stopwatch,
+        first_step=progress.step,
     ) as telemetry:
         if inputs.dropped:
             telemetry.say(
                 f"{len(inputs.dropped)} prompts are longer than {cfg.data.max_prompt_tokens} "
                 f"tokens and were left out: {', '.join(inputs.dropped[:5])} ..."
             )
+        if mesh.rank == 0:
+            rewind(folder, progress)
+        mesh.gather(None)  # no rank writes into the folder before it is as it should be
+        if progress.summary:
+            telemetry.say(progress.summary)
+        if progress.checkpoint:
+            run.checkpoints.load(progress.checkpoint)
+            with run.gpu.syncing():
+                run.weight_sync(version=progress.step)
         run.stopwatch.take()  # the first step does not pay for building the engines
         loop(run, telemetry)
+        run.checkpoints.finish()
         save_hf(folder.hf, run.learner, mesh, like=cfg.model)
         telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
     mesh.gather(None)  # nobody leaves while another still works
     run.engine.close()
-    destroy_mesh()
 
 
 def loop(run: Run, telemetry: Telemetry) -> None:
     """Every step: generate, journal, update, sync. An evaluation's policy is its step's sampler."""
     cfg, gpu = run.cfg, run.gpu
-    for step in range(cfg.num_steps):
+    for step in range(run.first_step, cfg.num_steps):
         prompts = run.data.next(cfg.algorithm.num_prompts)
         with gpu.generating():
             evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}
@@ -63,20 +80,27 @@ def loop(run: Run, telemetry: Telemetry) -> None:
         batches = [run.exchange(part) for part in parts]
         with gpu.training():
             stats = run.learner.update(batches)
-        check_mismatch(stats, run.max_mismatch, step)
+        check_mismatch(stats, run, step)
         with gpu.syncing():
             synced = run.weight_sync(version=step + 1)
         metrics = step_metrics(run, groups, evaluated) | meant(stats, cfg) | synced
         telemetry.log(step, metrics, summary(metrics))
+        with run.stopwatch.phase("checkpoint"):
+            run.checkpoints.after(step + 1)
     with gpu.generating():
         last = of_replicas(run.evaluate(), run.mesh)
     telemetry.log(cfg.num_steps, last, summary(last))
 
 
-def check_mismatch(stats: dict[str, float], bound: float, step: int) -> None:
-    """Raises `AlarmError` if trainer and rollout engine disagree on what was sampled."""
-    difference = stats.get("mismatch/logprob_abs_max", 0.0)
-    if not difference <= bound:
+def check_mismatch(stats: dict[str, float], run: Run, step: int) -> None:
+    """Raises `AlarmError` if trainer and rollout engine disagree on what was sampled.
+
+    The trainer's log-probs need not be the rollouts' in a replay, which another policy may have
+    sampled, or this one on another layout, nor with `rollout.top_p` below 1, which renormalises.
+    """
+    is_comparable = step not in run.replayed and run.cfg.rollout.top_p == 1
+    difference, bound = stats.get("mismatch/logprob_abs_max", 0.0), run.cfg.max_logprob_diff
+    if is_comparable and not difference <= bound:
         raise AlarmError(
             f"step {step}: the trainer's log-probs differ from the rollout engine's by "
             f"{difference:.2g} nats on a trained token (max_logprob_diff={bound:g})"

@@ -112,6 +112,9 @@ ELSEWHERE = {
     "sft.run_dir", "sft.model", "sft.data", "sft.num_steps", "sft.batch_size",
     # which data are read: tests/unit/test_data.py
     "data.eval", "data.max_prompt_tokens", "data.long_prompts",
+    # when the state is saved, and how: tests/parallel/test_resume.py, tests/unit/test_checkpoint_*
+    "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
+    "checkpoint.asynchronous",
     # what the engine may use, which must not change its answers
     "rollout.kv_cache_bytes", "rollout.max_num_seqs",
     # how the work is divided, which must not change the result: tests/parallel

@@ -227,6 +227,10 @@ def test_without_resets_no_shape_is_too_small(tmp_path: Path):
         ),
         ("optimizer.min_lr=1", "optimizer: min_lr=1.0 is larger than lr=1e-06"),
         ("eval.pass_at=[4]", "eval: pass_at=[4] needs one k at least, none above num_samples=1"),
+        (
+            "checkpoint={every: 10, keep_every: 15}",
+            "checkpoint: keep_every=15 is not a multiple of every=10",
+        ),
     ],
 )
 def test_values_that_do_not_fit_each_other_name_both(tmp_path: Path, override: str, message: str):

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_srpo.journal import Journal, Replay, check_replay, read_step
+from megatron_srpo.journal import (
+    Journal,
+    Replay,
+    Resumed,
+    check_replay,
+    drop_from,
+    is_whole,
+    read_step,
+)
 from megatron_srpo.types import Group, InputError, Prompt, Reset, Score, Thought
 from tests.unit.builders import group, prompt, rollout
 
@@ -147,6 +156,47 @@ def test_a_missing_step_is_an_error_that_names_it(tmp_path: Path):
     journal(tmp_path).write(5, step_of("p"))
     with pytest.raises(InputError, match="no rollouts of step 6"):
         read_step(tmp_path, 6)
+
+
+def test_a_step_is_whole_when_every_replica_has_written_it(tmp_path: Path):
+    assert not is_whole(tmp_path, 5)
+    for replica, whole in ((0, False), (2, False), (1, True)):
+        journal(tmp_path, replica, 3).write(5, step_of(f"p{replica}"))
+        assert is_whole(tmp_path, 5) == whole
+
+
+def test_dropping_from_a_step_leaves_the_steps_before_it(tmp_path: Path):
+    for step in (4, 5, 6):
+        journal(tmp_path).write(step, step_of("p"))
+    (tmp_path / "000005-00001-of-00002.npz.partial").touch()
+    drop_from(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000004-00000-of-00001.jsonl",
+        "000004-00000-of-00001.npz",
+    ]
+
+
+def test_what_the_journal_holds_is_neither_drawn_nor_written_again(tmp_path: Path):
+    for replica in range(2):
+        journal(tmp_path, replica, 2).write(5, step_of(f"p{replica}"))
+    held, asked = range(5, 6), []
+
+    def draw(prompts: Sequence[Prompt], *, step: int) -> list[Group]:
+        asked.append(step)
+        return []
+
+    collect = Resumed(replay=Replay(folder=tmp_path), held=held, draw=draw)
+    writer = replace(journal(tmp_path), held=held)
+    for step in (5, 6):
+        groups = collect([prompt(id="p1")], step=step)
+        writer.write(step, groups)
+        assert [g.prompt.id for g in groups] == (["p1", "p1"] if step == 5 else [])
+    assert asked == [6]
+    assert sorted(path.stem for path in tmp_path.glob("*.jsonl")) == [
+        "000005-00000-of-00002",
+        "000005-00001-of-00002",
+        "000006-00000-of-00001",
+    ]
 
 
 def test_a_half_written_part_is_ignored(tmp_path: Path):

@@ -105,7 +105,7 @@ class MegatronLearner:
             )
             for index, module in enumerate(self.modules)
         ]
-        self._optimizer = MegatronAdam(self.models, optimizer, dtype=dtype, num_steps=num_steps)
+        self.optimizer = MegatronAdam(self.models, optimizer, dtype=dtype, num_steps=num_steps)
         self._reference = ParkedWeights(self.modules) if loss.kl_coef else None
         self._forward = Forward(self.models, mesh, self._heads)
         self._tell_schedule(mesh.parallel.overlap)
@@ -114,7 +114,7 @@ class MegatronLearner:
         """Megatron's schedules find what they call in the model's config."""
         config: Any = self.modules[0].config  # of all chunks
         config.finalize_model_grads_func = _finalize_without_count
-        config.grad_scale_func = self._optimizer.scale_loss
+        config.grad_scale_func = self.optimizer.scale_loss
         if overlap:
             config.no_sync_func = one_or_all([model.no_sync for model in self.models])
             config.grad_sync_func = one_or_all([model.start_grad_sync for model in self.models])
@@ -126,7 +126,7 @@ class MegatronLearner:
         batches together, `loss` and `loss/demonstrations` are means over the steps, `grad_norm` is
         the largest.
         """
-        lr = self._optimizer.advance()
+        lr = self.optimizer.advance()
         batches = [batch for batch in batches if batch.micro_batches]
         if not batches:
             return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0, "optimizer/lr": lr}
@@ -135,7 +135,7 @@ class MegatronLearner:
         grad_norms: list[float] = []
         for batch, items in zip(batches, passes, strict=True):
             counters.append(self._backward(items, batch.denominator))
-            grad_norms.append(self._optimizer.step())
+            grad_norms.append(self.optimizer.step())
             if not np.isfinite(grad_norms[-1]):
                 raise AlarmError(f"gradient norm is {grad_norms[-1]}")
         if self._mesh.parallel.overlap:
@@ -178,7 +178,7 @@ class MegatronLearner:
     def _backward(self, items: Sequence[Pass], denominator: float) -> Counters:
         for model in self.models:
             model.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         per_micro_batch = self._forward.run(
             [item.micro_batch for item in items],
             lambda index, logits_TV: self._loss(logits_TV, items[index], denominator),

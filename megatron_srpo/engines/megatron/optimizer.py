@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_srpo.config import OptimizerConfig
 from megatron_srpo.engines.megatron.cpu import cuda_type_names
+from megatron_srpo.engines.megatron.upstream import allocate_states, load_states
 
 
 class MegatronAdam:
@@ -75,3 +76,21 @@ class MegatronAdam:
             done: Any = self._optimizer.step()
         _, grad_norm, _ = done
         return float(grad_norm)
+
+    def sharded_state(
+        self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
+    ) -> dict[Any, Any]:
+        """Of Adam; the model's sharded state says where each parameter belongs. Collective."""
+        allocate_states(self._optimizer)
+        return self._optimizer.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=metadata
+        )
+
+    def schedule_state(self) -> dict[str, Any]:
+        return self._schedule.state_dict()
+
+    def load(self, state: dict[Any, Any], schedule: dict[str, Any]) -> None:
+        """As they came out of a checkpoint."""
+        load_states(self._optimizer, state)
+        self._schedule.num_steps = 0  # Megatron adds the checkpoint's number to it
+        self._schedule.load_state_dict(schedule)

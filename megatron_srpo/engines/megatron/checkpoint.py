@@ -1,0 +1,103 @@
+"""What does the learner need to go on?   learner <-> torch_dist checkpoint, on any layout
+
+Weights, optimizer and learning-rate schedule, each tensor under the name that it has in Megatron's
+own checkpoints, the optimizer's in the shapes of its parameters (`fully_reshardable`). Random
+states are left out: every draw of this package is a function of the seed and of counters
+(`seeding.py`), and there is no dropout.
+
+Writers are processes that Megatron forks. Its persistent worker, the other way, asks for
+`torch.cuda.device_count()` and needs one at least; and where it lives, it keeps CUDA contexts.
+Its results come back through a process that is *spawned*: the main module is imported again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.types import AlarmError
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time. Every call is collective."""
+
+    def __init__(self, learner: MegatronLearner, *, asynchronous: bool) -> None:
+        self._learner, self._asynchronous = learner, asynchronous
+        self._queue = AsyncCallsQueue()
+
+    def begin(self, folder: Path) -> None:
+        """Into an empty folder. Comes back when the state is copied; if not asynchronous, when it
+        is written. Raises `AlarmError` if it could not be."""
+        strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), _copies_group()
+        )
+        request: Any = dist_checkpointing.save(
+            sharded_state(self._learner, is_loading=False),
+            str(folder),
+            strategy,
+            async_sharded_save=True,
+        )
+        if self._asynchronous:
+            self._queue.schedule_async_request(request)
+            return
+        try:
+            request.execute_sync()
+        except CheckpointException as error:
+            raise AlarmError(f"{folder} could not be written: {error}") from error
+
+    def is_done(self, *, wait: bool) -> bool:
+        """Whether what was begun is on disk, on all ranks; Megatron's metadata come last.
+
+        Raises `AlarmError` if it could not be written.
+        """
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+        except CheckpointException as error:
+            raise AlarmError(f"the checkpoint could not be written: {error}") from error
+        return self._queue.get_num_unfinalized_calls() == 0
+
+
+def load_checkpoint(learner: MegatronLearner, folder: Path) -> None:
+    """Collective: the learner is then the one that was saved, on whatever layout that was."""
+    loaded: Any = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(folder))
+    for name, module in _chunks(learner).items():
+        module.load_state_dict(loaded[name])
+    learner.optimizer.load(loaded["optimizer"], loaded["schedule"])
+
+
+def sharded_state(learner: MegatronLearner, *, is_loading: bool) -> dict[str, Any]:
+    """What of the learner's state this rank holds, and where that belongs in the whole."""
+    metadata = {
+        "dp_cp_group": _copies_group(),
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
+    chunks = {
+        name: module.sharded_state_dict(metadata=metadata)
+        for name, module in _chunks(learner).items()
+    }
+    return {
+        **chunks,
+        "optimizer": learner.optimizer.sharded_state(chunks, metadata, is_loading=is_loading),
+        "schedule": learner.optimizer.schedule_state(),
+    }
+
+
+def _chunks(learner: MegatronLearner) -> dict[str, Any]:
+    """By Megatron's names for the parts of an interleaved pipeline, or of any other."""
+    if len(learner.modules) == 1:
+        return {"model": learner.modules[0]}
+    return {f"model{index}": module for index, module in enumerate(learner.modules)}
+
+
+def _copies_group() -> Any:
+    """The ranks that hold the same weights."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

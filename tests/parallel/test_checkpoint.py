@@ -1,0 +1,72 @@
+"""What was saved on one layout goes on, on another, as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel import checkpoint_jobs
+from tests.parallel.pool import Pool
+
+LAYOUTS = {
+    "TP2xPP2 to one process": (4, {"tp": 2, "pp": 2}, 1, {}),
+    "DP2 to TP2": (2, {}, 2, {"tp": 2}),
+    "one process to PP2": (1, {}, 2, {"pp": 2}),
+}
+
+
+@pytest.mark.parametrize(("num", "layout", "others", "other"), LAYOUTS.values(), ids=LAYOUTS)
+def test_on_another_layout_the_next_three_updates_are_the_uninterrupted_ones(
+    pool: Pool,
+    policy: Path,
+    tmp_path: Path,
+    num: int,
+    layout: Mapping[str, int],
+    others: int,
+    other: Mapping[str, int],
+) -> None:
+    """The checkpoint is written while the saving learner goes on."""
+    folder = tmp_path / "checkpoint"
+    stats, weights = pool.run(num, checkpoint_jobs.uninterrupted, policy, folder, **layout)[0]
+    found, loaded = pool.run(others, checkpoint_jobs.resumed, policy, folder, **other)[0]
+    off = max(
+        abs(mine[name] - right[name]) / max(1.0, abs(right[name]))
+        for mine, right in zip(found, stats, strict=True)
+        for name in right
+    )
+    off_weights = max(float((loaded[name] - weights[name]).abs().max()) for name in weights)
+    print(f"\nafter three updates metrics are off by {off:.1e}, weights by {off_weights:.1e}")
+    assert max(off, off_weights) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_same_layout_they_are_so_to_the_last_bit(
+    pool: Pool, policy: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """In bfloat16 only if the float32 master weights came back."""
+    folder = tmp_path / "checkpoint"
+    ((stats, weights),) = pool.run(1, checkpoint_jobs.uninterrupted, policy, folder, dtype)
+    ((found, loaded),) = pool.run(1, checkpoint_jobs.resumed, policy, folder, dtype)
+    assert found == stats
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_a_learner_that_has_not_stepped_can_be_saved(
+    pool: Pool, policy: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    ((right, weights),) = pool.run(1, checkpoint_jobs.saved_at_once, policy, folder)
+    ((found, loaded),) = pool.run(1, checkpoint_jobs.resumed, policy, folder)
+    assert found == right
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_a_disk_that_is_full_is_an_alarm_on_all_ranks(
+    pool: Pool, policy: Path, tmp_path: Path
+) -> None:
+    """Found by the writers, while the learner goes on."""
+    alarms = pool.run(2, checkpoint_jobs.lost_while_writing, policy, tmp_path / "checkpoint")
+    assert all(alarm.startswith("the checkpoint could not be written") for alarm in alarms)
