@@ -27,12 +27,19 @@ def is_tied(folder: Path) -> bool:
 
 def build_model(folder: Path, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
     """Collective; with the folder's weights. Raises `InputError` if they do not fit its config."""
+    model = empty_model(folder, mesh, dtype)
+    load_hf(model, folder, family_of(folder), mesh)
+    return model
+
+
+def empty_model(folder: Path, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
+    """Memory as it comes; none at all under `torch.device("meta")`."""
     hf, family = read_config(folder), family_of(folder)
     config = transformer_config(hf, family, mesh, dtype)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer: Any = spec.submodules
     layer.self_attention.submodules.core_attention = PackedCausalAttention
-    model = GPTModel(
+    return GPTModel(
         config,
         spec,
         vocab_size=hf["vocab_size"],
@@ -43,8 +50,6 @@ def build_model(folder: Path, mesh: Mesh, dtype: torch.dtype) -> GPTModel:
         rotary_base=int(rope_theta(hf)),
         share_embeddings_and_output_weights=is_tied(folder),
     )
-    load_hf(model, folder, family, mesh)
-    return model
 
 
 def transformer_config(
@@ -78,7 +83,8 @@ def transformer_config(
         # once in the gradient norm. The weights themselves are the folder's.
         init_method=_leave,
         output_layer_init_method=_leave,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=torch.get_default_device().type == "meta"
+        or not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import LAYER_PREFIX, Family, join, split
-from megatron_srpo.hf_folder import read_tensors
+from megatron_srpo.hf_folder import EMBEDDING, HEAD, read_tensors
 from megatron_srpo.types import InputError
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +49,7 @@ def _global_name(model: GPTModel, name: str) -> str:
     return f"{LAYER_PREFIX}{layer.layer_number - 1}.{rest}"
 
 
-def _sharded_dim(parameter: torch.nn.Parameter) -> int | None:
+def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
     """Megatron marks the parameters that it shards."""
     marked: Any = parameter
     return marked.partition_dim if getattr(marked, "tensor_model_parallel", False) else None
@@ -60,7 +58,7 @@ def _sharded_dim(parameter: torch.nn.Parameter) -> int | None:
 def all_shards(model: GPTModel, mesh: Mesh) -> list[Shard]:
     """Collective: the parameters of all stages, first to last."""
     mine = [
-        Shard(name=name, stage=mesh.pp_rank, shape=tuple(p.shape), dim=_sharded_dim(p))
+        Shard(name=name, stage=mesh.pp_rank, shape=tuple(p.shape), dim=sharded_dim(p))
         for name, p in local_parameters(model).items()
     ]
     of_stage = {shards[0].stage: shards for shards in mesh.gather(mine)}
