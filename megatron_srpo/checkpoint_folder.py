@@ -45,7 +45,7 @@ def write_manifest(folder: Path, *, dtype: str, contents: Sequence[str]) -> None
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path != folder / MANIFEST
     }
     manifest = Manifest(dtype=dtype, contents=tuple(contents), files=files)
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}

@@ -4,7 +4,7 @@
     megatron_to_hf:  checkpoint, also one of a training run -> folder
 
 What goes in is checked against config.json before anything is written; what comes out is whole or
-absent. Peak memory: the largest layer twice, as it was and as it will be, and one shard.
+absent. Peak memory: the largest layer (or tensor in none), one shard, and a constant.
 """
 
 from __future__ import annotations

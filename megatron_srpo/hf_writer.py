@@ -32,7 +32,7 @@ def write_folder(
 ) -> None:
     """Weights from the stream; config, tokenizer and templates copied from the folder `like`.
 
-    A tied head is not stored twice: `lm_head.weight` is left out if `tied`. At most a shard of
+    What the stream has given stays as it is. A tied head is not stored twice: `lm_head.weight` is left out if `tied`. At most a shard of
     `max_shard_bytes` is held in memory, or the largest tensor. `is_cast`: the weights may have
     another dtype than `like`'s had, and config.json names it. The folder is whole or absent.
     """
@@ -54,13 +54,14 @@ def copy_all_but_weights(folder: Path, out: Path) -> None:
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], most: int) -> Iterator[Tensors]:
-    """As many tensors at a time as fit; copies, for a stream may use its memory again."""
+    """As many tensors at a time as fit. A view is copied: a file stores the memory of a tensor."""
     shard: Tensors = {}
     for name, tensor in tensors:
         if shard and _num_bytes(shard) + tensor.nbytes > most:
             yield shard
             shard = {}
-        shard[name] = tensor.contiguous().clone()
+        is_view = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor
     yield shard
 
 

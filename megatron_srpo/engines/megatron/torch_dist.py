@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -48,6 +49,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_srpo.engines.megatron.names import LAYER_PREFIX
 from megatron_srpo.types import InputError
+
+MAX_PIECE_BYTES = 2**28
+"""Of what is written and read at once: who loads a tensor has it in memory, and one piece more."""
 
 
 class Writer:
@@ -68,14 +72,18 @@ class Writer:
         """A full parameter. `entry`: its place, from `Outline.state`; along `dim` it is divided
         over the files of `ranks`."""
         for chunk in _placed(entry, tensor):
-            axis = 0 if dim is None else dim + chunk.prepend_axis_num
-            offset = list(chunk.global_offset)
             assert chunk.data is not None
-            whole = chunk.data.reshape((1,) * chunk.prepend_axis_num + chunk.local_shape)
+            first = chunk.prepend_axis_num
+            axis = first + (dim or 0)
+            offset = list(chunk.global_offset)
+            whole = chunk.data.reshape((1,) * first + chunk.local_shape)
             # What tensor parallel ranks do not divide, the first of them writes.
             parts = [whole] if dim is None else whole.tensor_split(len(ranks), axis)
             for rank, part in zip(ranks, parts, strict=False):
-                self._write_tensor(chunk.key, chunk.global_shape, tuple(offset), part, rank)
+                start = list(offset)
+                for piece in part.split(_rows_at_a_time(part, first), first):
+                    self._write_tensor(chunk.key, chunk.global_shape, start, piece, rank)
+                    start[first] += piece.shape[first]
                 offset[axis] += part.shape[axis]
 
     def add_object(self, entry: ShardedObject, rank: int) -> None:
@@ -119,6 +127,11 @@ class Writer:
         FileSystemWriter(self._folder).finish(Metadata(self._known), [self._written])
         TorchCommonSaveStrategy("torch", 1).save_common({}, self._folder)
         save_config(CheckpointingConfig("torch_dist"), str(self._folder))
+
+
+def _rows_at_a_time(tensor: Tensor, axis: int) -> int:
+    rows = tensor.shape[axis]
+    return max(1, rows * MAX_PIECE_BYTES // max(1, tensor.nbytes))
 
 
 def _placed(entry: Any, tensor: Tensor) -> list[ShardedTensor]:
@@ -180,19 +193,29 @@ def read_into(tensors: Mapping[str, Tensor], folder: Path, state: Mapping[str, A
             wanted[f"{name}.{number}"] = _among_others(chunk)
     try:
         load(wanted, str(folder), validate_access_integrity=False)
-    except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
-        raise InputError(f"{folder}: {min(tensors)} cannot be read ({_line(error)})") from error
+    except CheckpointException as error:  # torch's, around what happened on each rank
+        cause, _ = error.failures[0]
+        raise InputError(f"{folder}: {min(tensors)} cannot be read ({_line(cause)})") from error
 
 
 def _among_others(chunk: ShardedTensor) -> ShardedTensor:
-    """Megatron loads either all layers of a stack or none in one process; of any other tensor it
-    loads a part: the layer becomes an axis like others."""
+    """A part of a tensor of which nothing else is wanted.
+
+    Megatron loads either all layers of a stack or none in one process, but any part of any other
+    tensor: the layer becomes an axis like others. Embedding and head, whose rows may be padded, it
+    fills with zeros where the checkpoint has none: not here, where `check_stored` has compared."""
     assert chunk.data is not None
     shape = (1,) * chunk.prepend_axis_num + chunk.local_shape
-    return replace(chunk, data=chunk.data.view(shape), local_shape=shape, prepend_axis_num=0)
+    return replace(
+        chunk,
+        data=chunk.data.view(shape),
+        local_shape=shape,
+        prepend_axis_num=0,
+        allow_shape_mismatch=False,
+    )
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
