@@ -116,17 +116,22 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     files = weight_files(folder)
     stored: dict[str, Stored] = {}
     for path in sorted(set(files.values())):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if files.get(name) != path:
-                    raise InputError(f"{path}: holds {name}, which {INDEX} does not say")
-                header = file.get_slice(name)
-                stored[name] = Stored(
-                    file=path, shape=tuple(header.get_shape()), dtype=header.get_dtype()
-                )
+        of_file = _headers(path)
+        if strangers := [name for name in of_file if files.get(name) != path]:
+            raise InputError(f"{path}: holds {strangers[0]}, which {INDEX} does not say")
+        stored |= of_file
     if missing := files.keys() - stored.keys():
         raise InputError(f"{files[min(missing)]}: lacks {min(missing)}, which {INDEX} names")
     return stored
+
+
+def _headers(path: Path) -> dict[str, Stored]:
+    with _open(path) as file:
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: Stored(file=path, shape=tuple(header.get_shape()), dtype=header.get_dtype())
+            for name, header in headers.items()
+        }
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -32,9 +32,10 @@ def write_folder(
 ) -> None:
     """Weights from the stream; config, tokenizer and templates copied from the folder `like`.
 
-    What the stream has given stays as it is. A tied head is not stored twice: `lm_head.weight` is left out if `tied`. At most a shard of
-    `max_shard_bytes` is held in memory, or the largest tensor. `is_cast`: the weights may have
-    another dtype than `like`'s had, and config.json names it. The folder is whole or absent.
+    What the stream has given must stay as it is. A tied head is not stored twice: `lm_head.weight`
+    is left out if `tied`. At most a shard of `max_shard_bytes` is held in memory, or the largest
+    tensor. `is_cast`: the weights may have another dtype than `like`'s had, and config.json names
+    it. The folder is whole or absent.
     """
     with staged_folder(out) as partial:
         copy_all_but_weights(like, partial)

@@ -172,7 +172,8 @@ def main() -> None:
         write_random(arguments.write, arguments.model, arguments.layers, arguments.shard_bytes)
         return
     if arguments.convert:
-        convert(*arguments.convert, arguments.shard_bytes)
+        source, out = arguments.convert
+        convert(source, out, arguments.shard_bytes)
         return
     constant = round_trip(arguments.folder, "tiny", 2, arguments.shard_bytes)
     numbers = round_trip(arguments.folder, arguments.model, arguments.layers, arguments.shard_bytes)

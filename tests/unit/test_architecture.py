@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
-    "types protocols config config_file seeding environment run_folder",
+    "types protocols config config_file seeding environment run_folder staging",
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
-    "tokenizer hf_folder batching loss metrics stopwatch",
+    "tokenizer hf_folder hf_writer checkpoint_folder batching loss metrics stopwatch",
     "engines",
     "journal weight_sync colocation telemetry evaluate evaluate_model exchange replica export "
-    "inputs sft assembly train",
+    "inputs sft assembly train convert verify",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

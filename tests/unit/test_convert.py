@@ -153,7 +153,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], Layout, torch.dtype]:
     return config, Layout(tp=tp, pp=pp), draw(st.sampled_from([torch.float32, torch.bfloat16]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=cases(), most_bytes=st.sampled_from([1, 50, 500, 10**9]), seed=st.integers(0, 99))
 def test_a_folder_comes_back_bit_by_bit_whatever_its_shapes(
     mesh: Any, case: tuple[dict[str, Any], Layout, torch.dtype], most_bytes: int, seed: int
