@@ -5,8 +5,8 @@
 Random bf16 weights of the model's widths and few layers are written to FOLDER (a new one; removed
 at the end), converted to a checkpoint, back, and compared byte by byte. Prints one JSON object.
 Resident memory counts the pages of the files that are mapped. The plan: the largest layer (or
-tensor in none), one shard, and a constant: what the process of a tiny model takes, and one piece
-of what is written or read at once.
+tensor in none), one shard, and a constant: what the process of a tiny model takes, and 0.25 GiB for
+pieces in flight and for what the allocator keeps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDTHS = {  # model type, hidden, ffn, heads, key-value heads, vocabulary
     "olmo-3-7b": ("olmo3", 4096, 11008, 32, 32, 100278),
 }
 GIB = 2**30
-PIECE_GIB = 0.25
+ALLOWANCE_GIB = 0.25
 
 
 def write_random(folder: Path, name: str, num_layers: int, shard_bytes: int) -> None:
@@ -179,7 +179,7 @@ def main() -> None:
     numbers = round_trip(arguments.folder, arguments.model, arguments.layers, arguments.shard_bytes)
     layer = numbers["largest_layer_gib"]
     shard = max(arguments.shard_bytes / GIB, numbers["largest_shard_gib"])
-    fixed = max(constant["to_megatron_peak_gib"], constant["to_hf_peak_gib"]) + PIECE_GIB
+    fixed = max(constant["to_megatron_peak_gib"], constant["to_hf_peak_gib"]) + ALLOWANCE_GIB
     planned = {"constant_gib": fixed, "planned_gib": layer + shard + fixed}
     print(json.dumps({"model": arguments.model, "layers": arguments.layers} | numbers | planned))
 

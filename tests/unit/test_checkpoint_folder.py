@@ -41,6 +41,12 @@ def test_what_was_not_in_the_folder_when_it_was_written_is_nobodys_business(fold
     assert "notes.txt" not in read_manifest(folder).files
 
 
+def test_a_manifest_can_be_written_again(folder: Path):
+    first = read_manifest(folder)
+    write_manifest(folder, dtype="bfloat16", contents=["model", "optimizer"])
+    assert read_manifest(folder) == first
+
+
 def test_a_folder_without_a_manifest_was_not_written_to_its_end(folder: Path):
     (folder / MANIFEST).unlink()
     with pytest.raises(InputError, match=r"not written to its end \(it has no manifest\.json\)"):

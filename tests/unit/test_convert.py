@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,9 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_srpo.checkpoint_folder import hf_part, megatron_part, read_manifest, write_manifest
-from megatron_srpo.convert import Layout, hf_to_megatron, megatron_to_hf
+from megatron_srpo.convert import Layout, _ranks, hf_to_megatron, megatron_to_hf
 from megatron_srpo.engines.megatron import torch_dist
 from megatron_srpo.engines.megatron.names import join, split
 from megatron_srpo.engines.megatron.outline import outline
@@ -212,6 +214,39 @@ def test_every_tensor_of_a_folder_is_in_one_parameter_and_every_number_has_a_pla
     assert found.hf_shapes() == expected
     num_megatron = sum(math.prod(p.shape) for p in found.parameters.values())
     assert num_megatron == sum(math.prod(shape) for shape in expected.values())
+
+
+def test_each_ranks_file_holds_what_the_rank_would_hold(model: Path, tmp_path: Path, mesh: Any):
+    hf_to_megatron(model, tmp_path / "checkpoint", mesh, layout=Layout(tp=2, pp=2))
+    metadata = FileSystemReader(megatron_part(tmp_path / "checkpoint")).read_metadata()
+    of_file: dict[str, set[tuple[str, int]]] = {f"__{rank}_0.distcp": set() for rank in range(4)}
+    for index, info in metadata.storage_data.items():
+        if index.offset is not None:
+            layer = index.offset[0] if "layers" in index.fqn else -1
+            of_file[info.relative_path].add((index.fqn.removeprefix("decoder."), layer))
+    attention, mlp = "layers.self_attention.linear_", "layers.mlp.linear_"
+    divided = {f"{attention}qkv.weight", f"{attention}qkv.bias", f"{attention}proj.weight"}
+    divided |= {f"{mlp}fc1.weight", f"{mlp}fc2.weight"}
+    whole = {f"{attention}qkv.layer_norm_weight", f"{mlp}fc1.layer_norm_weight"}
+    layers = [{(name, layer) for name in divided} for layer in (0, 1)]
+    norms = [{(name, layer) for name in whole} for layer in (0, 1)]
+    embedding, head = ("embedding.word_embeddings.weight", -1), ("output_layer.weight", -1)
+    assert list(of_file.values()) == [
+        layers[0] | norms[0] | {embedding},
+        layers[0] | {embedding},
+        layers[1] | norms[1] | {head, ("final_layernorm.weight", -1)},
+        layers[1] | {head},
+    ]
+
+
+def test_experts_are_divided_over_expert_parallel_ranks_within_each_stage():
+    experts = [
+        f"decoder.layers.{i}.mlp.experts.local_experts.{e}.w" for i in (0, 1) for e in (0, 1)
+    ]
+    model: Any = SimpleNamespace(parameters=[*experts, "decoder.layers.1.norm"])
+    layout = Layout(tp=2, pp=2, ep=2)
+    found = [_ranks(name, model, layout) for name in model.parameters]
+    assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [4, 5]]
 
 
 # --- what may be asked for -----------------------------------------------------------------------

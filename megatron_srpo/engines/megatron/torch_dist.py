@@ -50,7 +50,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_srpo.engines.megatron.names import LAYER_PREFIX
 from megatron_srpo.types import InputError
 
-MAX_PIECE_BYTES = 2**28
+MAX_PIECE_BYTES = 2**26
 """Of what is written and read at once: who loads a tensor has it in memory, and one piece more."""
 
 
