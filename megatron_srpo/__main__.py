@@ -1,6 +1,6 @@
-"""`megatron-srpo train | sft | eval`: the command line, and the only place that sets up a process.
+"""`megatron-srpo train | sft | eval | convert`: the command line.
 
-Started plainly it is one process; under torchrun or srun, one of many.
+The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 what the user gave is wrong.
 """
 
@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # Overrides may stand before or behind an option, which argparse alone does not allow.
     arguments, rest = parser.parse_known_args(argv)
-    if unknown := [word for word in rest if word.startswith("-")]:
+    is_conversion = arguments.command == "convert"
+    if unknown := [word for word in rest if is_conversion or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     set_environment()
     # Libraries' warnings go to the run's log, not between the lines of a terminal.
@@ -31,8 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger().addHandler(logging.NullHandler())
     be_one_process_unless_launched()
     try:
-        cfg = load_config(arguments.config, [*arguments.overrides, *rest])
-        _run(arguments, cfg)
+        if is_conversion:
+            _convert(arguments)
+        else:
+            _run(arguments, load_config(arguments.config, [*arguments.overrides, *rest]))
     except InputError as error:
         return _stop(error, code=2)
     except AlarmError as error:
@@ -66,6 +69,19 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> None:
         train(cfg, inputs, replay=arguments.replay)
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from megatron_srpo.convert import Layout, convert
+
+    convert(
+        hf=arguments.hf,
+        checkpoint=arguments.ckpt,
+        out=arguments.out,
+        layout=Layout(tp=arguments.tp, pp=arguments.pp, ep=arguments.ep),
+        dtype=arguments.dtype,
+        is_verified=arguments.verify,
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-srpo", description="Reinforcement learning with resets on Megatron-Core."
@@ -87,7 +103,27 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--out", type=Path, metavar="FILE.jsonl", help="write every response to a new file"
             )
+    _add_conversion(commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoint"))
     return parser
+
+
+def _add_conversion(command: argparse.ArgumentParser) -> None:
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face folder to convert")
+    source.add_argument("--ckpt", type=Path, metavar="DIR", help="checkpoint to convert back")
+    command.add_argument("--out", type=Path, metavar="DIR", required=True, help="new folder")
+    for name in ("tp", "pp", "ep"):
+        command.add_argument(
+            f"--{name}", type=_size, default=1, help="divides a checkpoint's files; loads on any"
+        )
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="instead of the stored")
+    command.add_argument("--verify", action="store_true", help="compare logits with transformers")
+
+
+def _size(word: str) -> int:
+    if not word.isdigit() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of processes")
+    return int(word)
 
 
 def _stop(error: Exception, *, code: int) -> int:

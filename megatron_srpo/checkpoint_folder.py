@@ -45,7 +45,7 @@ def write_manifest(folder: Path, *, dtype: str, contents: Sequence[str]) -> None
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path != folder / MANIFEST
     }
     manifest = Manifest(dtype=dtype, contents=tuple(contents), files=files)
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
@@ -57,8 +57,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(
-            f"{folder}: no checkpoint, or one that was not written to its end "
-            f"(it has no {MANIFEST})"
+            f"{folder}: no checkpoint, or one not written to its end (it has no {MANIFEST})"
         )
     content = read_json(path)
     if (content.get("format"), content.get("version")) != (FORMAT, VERSION):

@@ -26,7 +26,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.hf_folder import copy_all_but_weights
+from megatron_srpo.hf_writer import copy_all_but_weights
 from megatron_srpo.protocols import PromptSource
 from megatron_srpo.types import AlarmError
 
@@ -70,6 +70,7 @@ class Checkpoints:
         def prepare() -> None:
             remove(partial)
             megatron_part(partial).mkdir(parents=True)
+            hf_part(partial).mkdir()
             copy_all_but_weights(self._cfg.model, hf_part(partial))
             state.write(partial)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import is_tied
-from megatron_srpo.hf_folder import write_folder
+from megatron_srpo.hf_writer import write_folder
 from megatron_srpo.protocols import Learner
 
 

@@ -1,20 +1,16 @@
-"""A Hugging Face folder: what it says of its model, its tensors, and how a new one is written.
-
-A folder is written under a temporary name and renamed: it is whole or it is not there.
-"""
+"""A Hugging Face folder: what it says of its model, and its tensors. Its writer is `hf_writer`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_srpo.types import InputError
 
@@ -29,8 +25,19 @@ COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-"""Not copied into a new folder: they hold the old weights."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What safetensors calls them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A tensor in a file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it: F32, BF16, ..."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -116,49 +123,78 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """What the folder's files hold, from their headers. Raises `InputError` where the index says
+    otherwise."""
+    files = weight_files(folder)
+    stored: dict[str, Stored] = {}
+    for path in sorted(set(files.values())):
+        of_file = _headers(path)
+        if strangers := [name for name in of_file if files.get(name) != path]:
+            raise InputError(f"{path}: holds {strangers[0]}, which {INDEX} does not say")
+        stored |= of_file
+    if missing := files.keys() - stored.keys():
+        raise InputError(f"{files[min(missing)]}: lacks {min(missing)}, which {INDEX} names")
+    return stored
+
+
+def _headers(path: Path) -> dict[str, Stored]:
+    with _open(path) as file:
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: Stored(file=path, shape=tuple(header.get_shape()), dtype=header.get_dtype())
+            for name, header in headers.items()
+        }
+
+
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of every tensor that the model has, a tied head included; nothing is loaded."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(set(weight_files(folder).values())):
-        with _open(path) as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if "model.embed_tokens.weight" not in shapes:
-        raise InputError(f"{folder}: the weights lack model.embed_tokens.weight")
-    shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    if EMBEDDING not in shapes:
+        raise InputError(f"{folder}: the weights lack {EMBEDDING}")
+    shapes.setdefault(HEAD, shapes[EMBEDDING])
     return shapes
 
 
-def write_folder(
-    out: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, like: Path, tied: bool
+def check_shapes(
+    folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Weights from the stream; config, tokenizer and templates copied from the folder `like`.
-
-    A tied head is not stored twice: `lm_head.weight` is left out if `tied`.
-    """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    copy_all_but_weights(like, partial)
-    weights = {
-        name: tensor.detach().contiguous().clone()
-        for name, tensor in tensors
-        if not (tied and name == "lm_head.weight")
-    }
-    save_file(weights, partial / SINGLE, metadata={"format": "pt"})
-    _state_dtype(partial / "config.json", next(iter(weights.values())).dtype)
-    partial.rename(out)
+    """The folder holds what its config.json means, no more and no less."""
+    if missing := expected.keys() - stored.keys():
+        raise InputError(f"{folder}: the weights lack {min(missing)}")
+    if unknown := stored.keys() - expected.keys():
+        raise InputError(f"{folder}: weights that the model has no place for: {min(unknown)}")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise InputError(
+                f"{folder}: {name} has a shape that does not fit config.json "
+                f"({stored[name].shape} instead of {shape})"
+            )
 
 
-def copy_all_but_weights(like: Path, out: Path) -> None:
-    """Config, tokenizer and templates, into a new folder."""
-    out.mkdir(parents=True)
-    for file in sorted(like.iterdir()):
-        if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.name != INDEX:
-            shutil.copyfile(file, out / file.name)
+def one_dtype(folder: Path, stored: Mapping[str, Stored]) -> torch.dtype:
+    """That of all tensors; raises `InputError` where they have several, or one that is none of
+    `DTYPES`."""
+    names = {tensor.dtype: name for name, tensor in sorted(stored.items(), reverse=True)}
+    if len(names) > 1:
+        some = ", ".join(f"{names[dtype]} is {dtype}" for dtype in sorted(names))
+        raise InputError(f"{folder}: weights of several dtypes ({some})")
+    (dtype,) = names
+    if dtype not in DTYPES:
+        raise InputError(f"{folder}: {names[dtype]} is {dtype}, which is not supported")
+    return DTYPES[dtype]
 
 
-def _state_dtype(path: Path, dtype: torch.dtype) -> None:
-    """The config names the dtype that the weights are stored in."""
-    config = read_json(path)
-    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype")}
-    changed = config | {key: value for key, value in named.items() if key in config}
-    path.write_text(json.dumps(changed, indent=2) + "\n", "utf-8")
+def read_finite(stored: Mapping[str, Stored], name: str) -> torch.Tensor:
+    """One tensor. Raises `InputError` if a number in it is none."""
+    path = stored[name].file
+    with _open(path) as file:
+        tensor = file.get_tensor(name)
+    check_finite(name, tensor, path)
+    return tensor
+
+
+def check_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
+    """Without a temporary of the tensor's size: NaN is both the least and the largest."""
+    if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
+        raise InputError(f"{path}: {name} holds NaN or infinity")

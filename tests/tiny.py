@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,20 @@ def transformers_model(folder: Path) -> torch.nn.Module:
         {"experts_implementation": "eager"} if "moe" in read_config(folder)["model_type"] else {}
     )
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **eager)
+
+
+def by_stored_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names that a folder has: transformers keeps a layer's experts in two tensors."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        experts, is_of_experts, part = name.partition(".experts.")
+        for index, one in enumerate(tensor if is_of_experts else []):
+            names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+            for projection, half in zip(names, one.chunk(len(names)), strict=True):
+                stored[f"{experts}.experts.{index}.{projection}.weight"] = half
+        if not is_of_experts:
+            stored[name] = tensor
+    return stored
 
 
 def random_samples(num: int, *, seed: int) -> list[Sample]:

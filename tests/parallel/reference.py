@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from megatron_srpo.types import Sample, Tokens
 from tests.parallel.jobs import TEMPERATURE, Tensors
-from tests.tiny import logprobs_of, random_samples, transformers_model
+from tests.tiny import by_stored_name, logprobs_of, random_samples, transformers_model
 
 Reference = tuple[float, Tensors]
 
@@ -44,20 +44,6 @@ def logits(policy: Path, sequences: Sequence[Tokens]) -> list[torch.Tensor]:
     model = transformers_model(policy)
     inputs = [torch.tensor(tokens[:-1], dtype=torch.long)[None] for tokens in sequences]
     return [model(ids).logits[0] for ids in inputs]
-
-
-def by_stored_name(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """By the names that a folder has: transformers keeps a layer's experts in two tensors."""
-    stored: Tensors = {}
-    for name, tensor in tensors.items():
-        experts, is_of_experts, part = name.partition(".experts.")
-        for index, one in enumerate(tensor if is_of_experts else []):
-            names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
-            for projection, half in zip(names, one.chunk(len(names)), strict=True):
-                stored[f"{experts}.experts.{index}.{projection}.weight"] = half
-        if not is_of_experts:
-            stored[name] = tensor
-    return stored
 
 
 def _loss(model: torch.nn.Module, samples: list[Sample]) -> torch.Tensor:

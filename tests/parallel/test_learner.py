@@ -15,7 +15,7 @@ from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.logprobs import scaled_logits, token_entropies
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.exchange import exchange
-from megatron_srpo.hf_folder import write_folder
+from megatron_srpo.hf_writer import write_folder
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.types import AlarmError, Batch, Sample
 from tests.parallel.jobs import (

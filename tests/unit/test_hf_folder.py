@@ -1,25 +1,27 @@
-"""Hugging Face folders: what is written can be read, is whole or absent, and stores a head once."""
+"""Hugging Face folders: what can be read is read, what cannot be is named."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_srpo.hf_folder import (
     INDEX,
     REQUIRED,
     SINGLE,
+    check_finite,
+    check_shapes,
+    one_dtype,
     read_config,
+    read_finite,
     read_tensors,
+    stored_tensors,
     tensor_shapes,
     weight_files,
-    write_folder,
 )
 from megatron_srpo.types import InputError
 
@@ -51,73 +53,10 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
-def stored_names(folder: Path) -> set[str]:
-    with safe_open(folder / SINGLE, framework="pt") as file:
-        return set(file.keys())
-
-
 def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return set(tensors) == set(expected) and all(
         torch.equal(tensors[name], tensor) for name, tensor in expected.items()
     )
-
-
-def test_a_tied_head_is_not_stored_twice(tmp_path: Path):
-    like = model_folder(tmp_path / "like")
-    write_folder(tmp_path / "out", (WEIGHTS | HEAD).items(), like=like, tied=True)
-    assert stored_names(tmp_path / "out") == set(WEIGHTS)
-    assert same(dict(read_tensors(tmp_path / "out")), WEIGHTS)
-
-
-def test_a_head_of_its_own_is_stored(tmp_path: Path):
-    like = model_folder(tmp_path / "like")
-    head = {"lm_head.weight": torch.full((4, 2), 9.0)}
-    write_folder(tmp_path / "out", (WEIGHTS | head).items(), like=like, tied=False)
-    assert same(dict(read_tensors(tmp_path / "out")), WEIGHTS | head)
-
-
-def test_config_and_tokenizer_are_copied_and_old_weights_are_not(tmp_path: Path):
-    like = model_folder(tmp_path / "like")
-    (like / INDEX).write_text('{"weight_map": {}}')
-    (like / "pytorch_model.bin").write_text("old weights")
-    write_folder(tmp_path / "out", WEIGHTS.items(), like=like, tied=True)
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "tokenizer.json", SINGLE}
-    assert read_config(tmp_path / "out") == read_config(like)
-
-
-def test_the_config_names_the_dtype_that_the_weights_have_now(tmp_path: Path):
-    like = model_folder(tmp_path / "like")
-    config = read_config(like) | {"dtype": "bfloat16"}
-    (like / "config.json").write_text(json.dumps(config))
-    write_folder(tmp_path / "out", WEIGHTS.items(), like=like, tied=True)
-    assert read_config(tmp_path / "out") == config | {"dtype": "float32"}
-
-
-def test_tensors_that_share_memory_or_are_transposed_are_stored_as_they_look(tmp_path: Path):
-    like = model_folder(tmp_path / "like")
-    base = torch.arange(6.0).reshape(2, 3)
-    views = {"a": base.T, "b": base[0], "c": torch.nn.Parameter(base)}
-    write_folder(tmp_path / "out", views.items(), like=like, tied=False)
-    assert same(dict(read_tensors(tmp_path / "out")), {k: v.detach() for k, v in views.items()})
-
-
-def broken_stream() -> Iterator[tuple[str, torch.Tensor]]:
-    yield "a", torch.zeros(1)
-    raise RuntimeError("the learner died")
-
-
-def test_a_folder_is_whole_or_absent(tmp_path: Path):
-    like = model_folder(tmp_path / "like")
-    out = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError, match="the learner died"):
-        write_folder(out, broken_stream(), like=like, tied=True)
-    assert not out.exists()
-    # What a broken attempt left does not get into the next one.
-    (out.parent / "out.partial" / "stale").write_text("")
-    write_folder(out, WEIGHTS.items(), like=like, tied=True)
-    assert {f.name for f in out.iterdir()} == {"config.json", "tokenizer.json", SINGLE}
-    assert [f.name for f in out.parent.iterdir()] == ["out"]
 
 
 def test_the_tensors_of_a_sharded_folder_are_those_of_its_parts(tmp_path: Path):
@@ -174,3 +113,80 @@ def test_an_unreadable_index_is_an_error_that_names_it(tmp_path: Path, content: 
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(InputError, match=r"model\.safetensors\.index\.json"):
         weight_files(tmp_path)
+
+
+def test_stored_tensors_are_known_by_file_shape_and_dtype_without_loading_them(tmp_path: Path):
+    folder = sharded(tmp_path / "model")
+    stored = stored_tensors(folder)
+    assert set(stored) == set(WEIGHTS)
+    norm = stored["model.norm.weight"]
+    assert (norm.file.name, norm.shape, norm.dtype) == ("part1.safetensors", (2,), "F32")
+    assert torch.equal(read_finite(stored, "model.norm.weight"), WEIGHTS["model.norm.weight"])
+
+
+def test_an_index_and_its_files_must_agree(tmp_path: Path):
+    folder = sharded(tmp_path / "model")
+    save_file(
+        {"model.norm.weight": torch.ones(2), "more": torch.ones(1)}, folder / "part1.safetensors"
+    )
+    with pytest.raises(
+        InputError, match=r"part1\.safetensors: holds more, which .*index.* not say"
+    ):
+        stored_tensors(folder)
+    save_file({}, folder / "part1.safetensors")
+    with pytest.raises(InputError, match=r"part1\.safetensors: lacks model\.norm\.weight"):
+        stored_tensors(folder)
+
+
+def test_a_file_that_was_cut_is_named(tmp_path: Path):
+    folder = sharded(tmp_path / "model")
+    path = folder / "part1.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"part1\.safetensors: not readable as safetensors"):
+        stored_tensors(folder)
+
+
+SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        (SHAPES | {"more": (1,)}, "lack more"),
+        ({"model.embed_tokens.weight": (4, 2)}, r"no place for: model\.norm\.weight"),
+        (
+            SHAPES | {"model.norm.weight": (3,)},
+            r"model\.norm\.weight .* \(\(2,\) instead of \(3,\)\)",
+        ),
+    ],
+)
+def test_a_folder_holds_what_is_expected_no_more_and_no_less(
+    tmp_path: Path, expected: dict[str, tuple[int, ...]], message: str
+):
+    folder = sharded(tmp_path / "model")
+    check_shapes(folder, stored_tensors(folder), SHAPES)
+    with pytest.raises(InputError, match=message):
+        check_shapes(folder, stored_tensors(folder), expected)
+
+
+def test_weights_have_one_dtype_that_is_known(tmp_path: Path):
+    folder = model_folder(tmp_path / "model")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        save_file({n: t.to(dtype) for n, t in WEIGHTS.items()}, folder / SINGLE)
+        assert one_dtype(folder, stored_tensors(folder)) == dtype
+    save_file({"a": torch.ones(1), "b": torch.ones(1).bfloat16()}, folder / SINGLE)
+    with pytest.raises(InputError, match=r"several dtypes \(b is BF16, a is F32\)"):
+        one_dtype(folder, stored_tensors(folder))
+    save_file({"a": torch.ones(1, dtype=torch.int8)}, folder / SINGLE)
+    with pytest.raises(InputError, match="a is I8, which is not supported"):
+        one_dtype(folder, stored_tensors(folder))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_that_is_none_is_found_wherever_it_stands(number: float, dtype: torch.dtype):
+    tensor = torch.zeros(3, 5, dtype=dtype)
+    check_finite("name", tensor, Path("file"))
+    tensor[1, 3] = number
+    with pytest.raises(InputError, match="file: name holds NaN or infinity"):
+        check_finite("name", tensor, Path("file"))

@@ -76,7 +76,8 @@ def _model(hf: dict[str, Any], family: Family, dtype: torch.dtype) -> dict[str, 
         # once in the gradient norm. The weights themselves are the folder's.
         "init_method": _leave,
         "output_layer_init_method": _leave,
-        "use_cpu_initialization": not torch.cuda.is_available(),
+        "use_cpu_initialization": torch.get_default_device().type == "meta"
+        or not torch.cuda.is_available(),
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,

@@ -18,17 +18,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_srpo.hf_folder import num_kv_heads, read_config
+from megatron_srpo.hf_folder import EMBEDDING, HEAD, num_kv_heads, read_config
 
 Layout = Literal["copy", "gate_up", "qkv", "vocabulary"]
 Rule = tuple[Layout, tuple[str, ...]]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP: dict[str, Rule] = {
     "embedding.word_embeddings.weight": ("vocabulary", (EMBEDDING,)),
     "decoder.final_layernorm.weight": ("copy", ("model.norm.weight",)),
     "output_layer.weight": ("vocabulary", (HEAD,)),
 }
+LAYER_PREFIX = "decoder.layers."
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 IN_EXPERT = re.compile(r"(.+\.local_experts\.)(\d+)(\..+)")
 VOCABULARY_MULTIPLE = 128

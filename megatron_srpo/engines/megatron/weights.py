@@ -23,8 +23,6 @@ from torch import Tensor
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import (
-    EMBEDDING,
-    HEAD,
     IN_EXPERT,
     IN_LAYER,
     Family,
@@ -35,7 +33,7 @@ from megatron_srpo.engines.megatron.names import (
     split,
     whole,
 )
-from megatron_srpo.hf_folder import read_tensors
+from megatron_srpo.hf_folder import EMBEDDING, HEAD, read_tensors
 from megatron_srpo.types import InputError
 
 
@@ -76,7 +74,7 @@ def _global_name(chunk: GPTModel, name: str, mesh: Mesh) -> str:
     return IN_EXPERT.sub(expert, IN_LAYER.sub(layer, name))
 
 
-def _sharded_dim(parameter: torch.nn.Parameter) -> int | None:
+def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
     """Megatron marks the parameters that it shards."""
     marked: Any = parameter
     return marked.partition_dim if getattr(marked, "tensor_model_parallel", False) else None
@@ -91,7 +89,7 @@ def all_shards(chunks: Sequence[GPTModel], mesh: Mesh) -> list[Shard]:
             expert_rank=mesh.ep_rank if IN_EXPERT.fullmatch(name) else None,
             shape=tuple(p.shape),
             # Several expert parallel ranks hold whole experts, each its own.
-            dim=None if IN_EXPERT.fullmatch(name) and mesh.ep_size > 1 else _sharded_dim(p),
+            dim=None if IN_EXPERT.fullmatch(name) and mesh.ep_size > 1 else sharded_dim(p),
         )
         for name, p in local_parameters(chunks, mesh).items()
     ]

@@ -1,0 +1,74 @@
+"""A folder that is whole or not there: written under another name, renamed when it is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from megatron_srpo.types import InputError
+
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up",
+        errno.EFBIG: "a file may not grow that large"}  # fmt: skip
+
+
+def check_free(out: Path) -> None:
+    """Raises `InputError` where no new folder can be made."""
+    if out.exists():
+        raise InputError(f"{out}: exists already; name a new folder")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{out}: {parent} is no folder that can be written to")
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """`<out>.partial`, empty, to be filled; it becomes `out`, on disk, if nothing is raised.
+
+    Where the disk is full what was written is removed, and the error is an `InputError`. After any
+    other failure it stays under its name for whoever looks for the cause; the next attempt
+    removes it.
+    """
+    check_free(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _sync(partial)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (number := _error_number(error)) not in FULL:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{out}: {FULL[number]}; nothing is left of it") from error
+    partial.rename(out)
+
+
+def _error_number(error: BaseException) -> int:
+    """What the operating system said, if anything, to whoever raised this.
+
+    torch's zip writer stumbles over its own state and hides the cause behind its complaint;
+    safetensors has it in words.
+    """
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, OSError):
+        return error.errno or 0
+    said = re.search(r"os error (\d+)", str(error))
+    return int(said[1]) if said else 0
+
+
+def _sync(folder: Path) -> None:
+    """A rename may outlive the machine's failure only where what it names does."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

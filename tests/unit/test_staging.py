@@ -1,0 +1,87 @@
+"""A folder is whole or not there, whatever stops its writer; a full disk is said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_srpo.staging import check_free, staged_folder
+from megatron_srpo.types import InputError
+from tests.unit.full_disk import files_up_to
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_has_its_name_only_when_it_is_finished(tmp_path: Path):
+    out = tmp_path / "deep" / "out"
+    with staged_folder(out) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "file").write_text("content")
+        assert not out.exists()
+    assert (out / "sub" / "file").read_text() == "content"
+    assert names(out.parent) == ["out"]
+
+
+def test_what_a_broken_attempt_left_is_not_in_the_next_one(tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="died"), staged_folder(out) as partial:
+        (partial / "stale").write_text("")
+        raise RuntimeError("died")
+    assert names(tmp_path) == ["out.partial"]
+    with staged_folder(out) as partial:
+        (partial / "new").write_text("")
+    assert names(out) == ["new"]
+
+
+def write_plainly(folder: Path) -> None:
+    (folder / "file").write_bytes(bytes(100_000))
+
+
+def write_with_torch(folder: Path) -> None:
+    with (folder / "file").open("wb") as stream:
+        torch.save(torch.zeros(25_000), stream)
+
+
+def write_with_safetensors(folder: Path) -> None:
+    save_file({"a": torch.zeros(25_000)}, folder / "file")
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    with files_up_to(50_000):
+        yield
+
+
+@pytest.mark.parametrize("write", [write_plainly, write_with_torch, write_with_safetensors])
+def test_on_a_full_disk_nothing_is_left_and_one_line_says_so(
+    tmp_path: Path, small_disk: None, write: Callable[[Path], None]
+):
+    with (
+        pytest.raises(InputError, match=r"out: a file may not grow that large") as error,
+        staged_folder(tmp_path / "out") as partial,
+    ):
+        write(partial)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == []
+
+
+def test_an_error_that_has_nothing_to_do_with_the_disk_stays_what_it_is(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), staged_folder(tmp_path / "out"):
+        (tmp_path / "nowhere" / "file").write_text("")
+
+
+def test_a_folder_that_exists_or_cannot_be_made_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="exists already"):
+        check_free(tmp_path)
+    with pytest.raises(InputError, match=r"file is no folder that can be written to"):
+        check_free(tmp_path / "file" / "out")
+    with pytest.raises(InputError, match="exists already"), staged_folder(tmp_path):
+        raise AssertionError("must not be entered")
+    check_free(tmp_path / "new" / "newer")
