@@ -15,9 +15,8 @@ from megatron_srpo.config import OptimizerConfig
 from megatron_srpo.engines.megatron.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.exchange import exchange
 from megatron_srpo.types import AlarmError
-from tests.parallel.jobs import REINFORCE, TEMPERATURE, Tensors, own_share
+from tests.parallel.jobs import REINFORCE, TEMPERATURE, Tensors, shared
 from tests.tiny import random_samples
 
 BEFORE, AFTER = range(2), range(2, 5)
@@ -42,12 +41,7 @@ def build(mesh: Mesh, policy: Path, dtype: torch.dtype = torch.float32) -> Megat
 
 def go_on(learner: MegatronLearner, mesh: Mesh, steps: Sequence[int]) -> Trained:
     """(metrics of the steps, the weights after them)"""
-    stats = [
-        learner.update(
-            [exchange(own_share(random_samples(5, seed=step), mesh), mesh, max_tokens=100)]
-        )
-        for step in steps
-    ]
+    stats = [learner.update([shared(random_samples(5, seed=step), mesh)]) for step in steps]
     return stats, {name: tensor.clone() for name, tensor in learner.export()}
 
 

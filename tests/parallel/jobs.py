@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_srpo.batching import mini_batches
@@ -18,8 +18,8 @@ from megatron_srpo.config import LossConfig, OptimizerConfig
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.model import build_model, empty_model
-from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
+from megatron_srpo.engines.megatron.model import build_chunks
+from megatron_srpo.engines.megatron.weights import full_tensors, load_hf, local_parameters
 from megatron_srpo.exchange import exchange
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Generator
@@ -281,26 +281,37 @@ def on_layout(mesh: Mesh, policy: Path, max_tokens: tuple[int, ...]) -> dict[str
     }
 
 
-def loads_what_the_folder_has(mesh: Mesh, hf: Path, checkpoint: Path) -> dict[str, bool]:
-    """Of every parameter of this rank: Megatron's own loader gives what `load_hf` gives."""
-    right, found = build_model(hf, mesh, torch.float32), empty_model(hf, mesh, torch.float32)
-    found.load_state_dict(dist_checkpointing.load(found.sharded_state_dict(), str(checkpoint)))
+LAYERS = {"stacked": False, "numbered": True}
+"""How a checkpoint names the tensors of layers -> whether they may differ."""
+
+
+def loads_and_saves(mesh: Mesh, hf: Path, converted: Path, out: Path) -> dict[str, bool]:
+    """Of every parameter of this rank: Megatron's own loader gives what `load_hf` gives. Then its
+    own saver, in both ways, the model and what a training run has besides."""
+    (right,), (found,) = (build_chunks(hf, mesh, torch.float32) for _ in range(2))
+    load_hf([right], hf, mesh)
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    # Megatron would remember the group of this process's first job.
+    metadata: dict[str, Any] = {"dp_cp_group": copies}
+    state = found.sharded_state_dict(metadata=metadata)
+    found.load_state_dict(dist_checkpointing.load(state, str(converted)))
+    for layers, may_differ in LAYERS.items():
+        moments = torch.full((4,), float("nan"))
+        state = {
+            "model": right.sharded_state_dict(
+                metadata=metadata | {"non_homogeneous_layers": may_differ}
+            ),
+            "optimizer": {
+                "exp_avg": ShardedTensor.from_rank_offsets(
+                    "optimizer.exp_avg", moments, (0, mesh.rank, mesh.world_size)
+                )
+            },
+            "step": 7,
+        }
+        folder = out / layers / "megatron"
+        if mesh.rank == 0:
+            folder.mkdir(parents=True)
+        mesh.gather(None)
+        dist_checkpointing.save(state, str(folder))
     loaded = dict(found.named_parameters())
     return {name: torch.equal(loaded[name], p) for name, p in right.named_parameters()}
-
-
-def save_with_more(mesh: Mesh, hf: Path, folder: Path, numbered: bool) -> None:
-    """Megatron's own saver, the model and what a training run has besides."""
-    model = build_model(hf, mesh, torch.float32)
-    metadata = {"non_homogeneous_layers": True} if numbered else None
-    moments = torch.full((4,), float("nan"))
-    state = {
-        "model": model.sharded_state_dict(metadata=metadata),
-        "optimizer": {
-            "exp_avg": ShardedTensor.from_rank_offsets(
-                "optimizer.exp_avg", moments, (0, mesh.rank, mesh.world_size)
-            )
-        },
-        "step": 7,
-    }
-    dist_checkpointing.save(state, str(folder))

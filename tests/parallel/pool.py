@@ -57,7 +57,9 @@ class Pool:
         if failed or others:
             self._give_up_on(others)
         if failed:
-            raise failed[0].exception()  # type: ignore[misc]
+            # The others lose their connection to the one that failed first.
+            causes = [e for f in failed if "Connection closed" not in str(e := f.exception())]
+            raise (causes or [failed[0].exception()])[0]  # type: ignore[misc]
         assert not others, f"{job.__name__} takes longer than {timeout_s} s"
         return [pickle.loads(future.result()) for future in futures]
 

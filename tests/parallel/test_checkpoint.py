@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,25 +9,28 @@ import torch
 
 from tests.parallel import checkpoint_jobs
 from tests.parallel.pool import Pool
+from tests.tiny import write_policy
 
-LAYOUTS = {
-    "TP2xPP2 to one process": (4, {"tp": 2, "pp": 2}, 1, {}),
-    "DP2 to TP2": (2, {}, 2, {"tp": 2}),
-    "one process to PP2": (1, {}, 2, {"pp": 2}),
+CASES = {
+    "qwen2, TP2xPP2 to one process": (4, {"tp": 2, "pp": 2}, 1, {}),
+    "qwen2, DP2 to TP2": (2, {}, 2, {"tp": 2}),
+    "llama, one process to PP2": (1, {}, 2, {"pp": 2}),
+    "olmo3, CP2 to TP2": (2, {"cp": 2}, 2, {"tp": 2}),
+    "qwen3, PP2xVPP2 to TP2xDP2": (2, {"pp": 2, "vpp": 2}, 4, {"tp": 2}),
+    "qwen3_moe, EP2 to EP1": (2, {"ep": 2}, 1, {}),
+    "qwen3_moe, TP2 to EP2": (2, {"tp": 2}, 2, {"ep": 2, "overlap": True}),
 }
+"""The layout that saves, and the one that goes on."""
 
 
-@pytest.mark.parametrize(("num", "layout", "others", "other"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
 def test_on_another_layout_the_next_three_updates_are_the_uninterrupted_ones(
-    pool: Pool,
-    policy: Path,
-    tmp_path: Path,
-    num: int,
-    layout: Mapping[str, int],
-    others: int,
-    other: Mapping[str, int],
+    pool: Pool, tmp_path: Path, case: str
 ) -> None:
     """The checkpoint is written while the saving learner goes on."""
+    num, layout, others, other = CASES[case]
+    family = case.partition(",")[0]
+    policy = write_policy(tmp_path / "hf", seed=5, family=family, num_layers=4)
     folder = tmp_path / "checkpoint"
     stats, weights = pool.run(num, checkpoint_jobs.uninterrupted, policy, folder, **layout)[0]
     found, loaded = pool.run(others, checkpoint_jobs.resumed, policy, folder, **other)[0]

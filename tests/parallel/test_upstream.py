@@ -19,7 +19,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_srpo.engines.megatron.layers import RMSNorm
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.upstream import allocate_states, load_states
+from megatron_srpo.engines.megatron.upstream import (
+    allocate_states,
+    load_states,
+    sharded_states,
+)
 from tests.parallel.checkpoint_jobs import build, go_on
 
 
@@ -27,24 +31,36 @@ def optimizer_of(learner: MegatronLearner) -> Any:
     return learner.optimizer._optimizer
 
 
-def state_of(learner: MegatronLearner, *, is_loading: bool) -> dict[str, Any]:
-    """By Megatron alone."""
+def arguments_of(learner: MegatronLearner) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What Megatron's optimizer asks for: the model's state, and how to save its own."""
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
     }
-    model = {"model": learner.modules[0].sharded_state_dict(metadata=metadata)}
+    return {"model": learner.modules[0].sharded_state_dict(metadata=metadata)}, metadata
+
+
+def state_of(learner: MegatronLearner, *, is_loading: bool) -> dict[str, Any]:
+    """By Megatron alone."""
+    model, metadata = arguments_of(learner)
     return optimizer_of(learner).sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
 
-def as_loaded(learner: MegatronLearner) -> dict[str, Any]:
-    """The state as it would come out of a checkpoint."""
+def as_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    """As it would come out of a checkpoint."""
 
     def plain(value: Any) -> Any:
         is_tensor = isinstance(value, ShardedTensor | ShardedTensorFactory)
         return value.data.clone() if is_tensor else value
 
-    return dict_list_map_outplace(plain, state_of(learner, is_loading=False))
+    return dict_list_map_outplace(plain, state)
+
+
+def saved(learner: MegatronLearner) -> dict[str, Any]:
+    """As it would come out of a checkpoint of ours."""
+    return as_loaded(
+        sharded_states(optimizer_of(learner), *arguments_of(learner), is_loading=False)
+    )
 
 
 def steps_of(learner: MegatronLearner) -> list[torch.Tensor]:
@@ -80,7 +96,7 @@ def test_allocated_states_are_those_with_which_a_first_step_begins(
 def test_upstream_still_does_not_find_torch_s_step_in_a_checkpoint(
     stepped: MegatronLearner,
 ) -> None:
-    loaded = as_loaded(stepped)
+    loaded = as_loaded(state_of(stepped, is_loading=False))
     with pytest.raises(KeyError, match="step"):
         optimizer_of(stepped).load_state_dict(loaded)
 
@@ -90,7 +106,7 @@ def test_upstream_still_gives_all_parameters_one_step_tensor(
 ) -> None:
     learner = build(mesh, policy)
     allocate_states(optimizer_of(learner))
-    state = as_loaded(stepped)
+    state = as_loaded(state_of(stepped, is_loading=False))
     del state["param_state"]
     optimizer_of(learner).load_state_dict(state)
     assert len({step.data_ptr() for step in steps_of(learner)}) == 1
@@ -103,7 +119,7 @@ def test_loaded_states_have_a_step_each_and_go_on_as_the_saved_ones(
 ) -> None:
     learner = build(mesh, policy)
     allocate_states(optimizer_of(learner))
-    state, schedule = as_loaded(stepped), stepped.optimizer.schedule_state()
+    state, schedule = saved(stepped), stepped.optimizer.schedule_state()
     learner.modules[0].load_state_dict(stepped.modules[0].state_dict())
     learner.optimizer.load(state, schedule)
     assert [float(step) for step in steps_of(learner)] == [2.0] * len(steps_of(stepped))
@@ -116,7 +132,7 @@ def test_loaded_states_have_a_step_each_and_go_on_as_the_saved_ones(
 def test_what_is_loaded_into_a_learner_that_has_stepped_is_what_was_saved(
     policy: Path, mesh: Mesh, stepped: MegatronLearner
 ) -> None:
-    state = as_loaded(stepped)
+    state = saved(stepped)
     learner = build(mesh, policy)
     go_on(learner, mesh, range(7, 10))
     load_states(optimizer_of(learner), state)

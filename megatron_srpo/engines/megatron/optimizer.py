@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_srpo.config import OptimizerConfig
 from megatron_srpo.engines.megatron.cpu import cuda_type_names
-from megatron_srpo.engines.megatron.upstream import allocate_states, load_states
+from megatron_srpo.engines.megatron.upstream import load_states, sharded_states
 
 
 class MegatronAdam:
@@ -81,10 +81,7 @@ class MegatronAdam:
         self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
     ) -> dict[Any, Any]:
         """Of Adam; the model's sharded state says where each parameter belongs. Collective."""
-        allocate_states(self._optimizer)
-        return self._optimizer.sharded_state_dict(
-            model_state, is_loading=is_loading, metadata=metadata
-        )
+        return sharded_states(self._optimizer, model_state, metadata, is_loading=is_loading)
 
     def schedule_state(self) -> dict[str, Any]:
         return self._schedule.state_dict()

@@ -10,8 +10,10 @@ Transformer Engine nor Apex is installed, GPU or not, checkpointed as `fully_res
    group of parameters.   -> `load_states`
 3. Loaded parameters share *one* step tensor, to which each later step adds 1 per parameter: wrong
    bias corrections, silently.   -> `load_states`
-
-4. Where a group holds parameters of two dtypes, states are saved under other parameters' names: the
+4. Experts that are shared have an optimizer of their own, whose part of a checkpoint only a run can
+   load that shares them too.   -> `sharded_states`: number of steps and tensors are all that is
+   saved; what else a group of parameters has, the config and the schedule say again
+5. Where a group holds parameters of two dtypes, states are saved under other parameters' names: the
    inner optimizer has float32 ones first, the index that the checkpoint goes by does not.
    -> the model has one dtype (`layers.RMSNorm`), and `allocate_states` insists on it
 
@@ -45,18 +47,43 @@ def allocate_states(optimizer: MegatronOptimizer) -> None:
                 state.setdefault("step", torch.zeros(()))
 
 
-def load_states(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
-    """`optimizer.load_state_dict(state)`; `state` is what was saved as `sharded_state_dict`."""
+def sharded_states(
+    optimizer: MegatronOptimizer,
+    model_state: dict[str, Any],
+    metadata: dict[str, Any],
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
+    """Number of steps, and the state of every parameter under the parameter's own name."""
+    allocate_states(optimizer)
     parts = _parts(optimizer)
-    if not isinstance(parts[0].optimizer, torch.optim.AdamW):
-        optimizer.load_state_dict(state)
-        return
-    states = [state] if len(parts) == 1 else [state[key] for key in sorted(state)]
-    for part, given in zip(parts, states, strict=True):
-        tensors = given.pop("param_state")
-        part.load_state_dict(given)
+    of_parts = [
+        part.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        for part in parts
+    ]
+    return {
+        "step": _num_steps(parts[0].optimizer),
+        "states": {str(index): each["param_state"] for index, each in enumerate(of_parts)},
+    }
+
+
+def _num_steps(adam: Any) -> int:
+    """Torch's Adam counts for each parameter, Transformer Engine's and Apex' for each group."""
+    if isinstance(adam, torch.optim.AdamW):
+        return int(next(iter(adam.state.values()))["step"])
+    return int(adam.param_groups[0].get("step", 0))
+
+
+def load_states(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """`state` is what was saved as `sharded_states`."""
+    for index, part in enumerate(_parts(optimizer)):
         held = list(part.optimizer.state.values())
-        steps = [each.pop("step") for each in held]
-        part.load_parameter_state_from_fully_reshardable(tensors)
-        for each, step in zip(held, steps, strict=True):
-            each["step"] = step.clone()
+        for each in held:
+            each.pop("step", None)
+        part.load_parameter_state_from_fully_reshardable(state["states"][str(index)])
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for each in held:
+                each["step"] = torch.tensor(float(state["step"]))
+        else:
+            for group in part.optimizer.param_groups:
+                group["step"] = state["step"]
