@@ -1,5 +1,6 @@
 # make train   a policy learns by resets on this machine's CPU (no downloads of weights or data)
 # make test    unit, parallel and end-to-end tests
+# make test-slow   what takes too long for every change
 # make check   lint, types, architecture, unit tests
 #
 # make train ARGS="algorithm.resets=none run_dir=runs/grpo" passes overrides on.
@@ -11,7 +12,7 @@ CONFIG := examples/chain_arithmetic_cpu.yaml
 ARGS ?=
 export OMP_NUM_THREADS := 1
 
-.PHONY: train test check mutate clean
+.PHONY: train test test-slow check mutate clean
 
 train: data/chain_arithmetic/DONE runs/chain_arithmetic_warm_start/hf/config.json
 	$(BIN)/megatron-srpo train $(CONFIG) $(ARGS)
@@ -25,6 +26,9 @@ runs/chain_arithmetic_warm_start/hf/config.json: | data/chain_arithmetic/DONE
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest tests
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest tests -m slow
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ groups for it and destroy them after it.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -19,9 +20,6 @@ from typing import Any
 from megatron_srpo.config import ParallelConfig
 
 NUM_PROCESSES = 4
-JOBS_OF_A_PROCESS = 20
-"""Megatron's caches and hooks keep a job's model alive, and with it the threads of its groups,
-which poll: after too many jobs they take all the time there is."""
 PATIENCE_S = 20
 """So long the others may take to notice that one has failed."""
 
@@ -31,7 +29,6 @@ class Pool:
 
     def __init__(self) -> None:
         self._executors: list[ProcessPoolExecutor] = []
-        self._num_jobs = 0
 
     def run(
         self,
@@ -64,13 +61,9 @@ class Pool:
         return [pickle.loads(future.result()) for future in futures]
 
     def _first(self, num: int) -> list[ProcessPoolExecutor]:
-        self._num_jobs += 1
-        if self._num_jobs % JOBS_OF_A_PROCESS == 0:
-            self.close()
         context = get_context("spawn")
         while len(self._executors) < num:
-            quiet = {"initializer": warnings.simplefilter, "initargs": ("ignore",)}
-            self._executors.append(ProcessPoolExecutor(1, mp_context=context, **quiet))
+            self._executors.append(ProcessPoolExecutor(1, context, initializer=_begin))
         return self._executors[:num]
 
     def _give_up_on(self, futures: set[Future[Any]]) -> None:
@@ -96,6 +89,13 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
+def _begin() -> None:
+    warnings.simplefilter("ignore")
+    import tests.parallel.jobs  # noqa: F401
+
+    gc.freeze()  # what imports have made need not be looked at after each job
+
+
 def _on_rank(
     rank: int,
     num: int,
@@ -119,3 +119,18 @@ def _on_rank(
         return pickle.dumps(job(mesh, *arguments))
     finally:
         destroy_mesh()
+        _forget_models()
+
+
+def _forget_models() -> None:
+    """Megatron's hooks and caches keep a job's model alive, and with it the threads of its groups,
+    which poll: after a number of jobs they would take all the time there is."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    for thing in gc.get_objects():
+        if type(thing) is DistributedDataParallel:
+            vars(thing).clear()  # autograd holds its hooks, and these hold all the rest
+    cached: Any = RotaryEmbedding.forward
+    cached.cache_clear()
+    gc.collect()

@@ -10,7 +10,9 @@ import torch
 from megatron_srpo.hf_folder import read_tensors
 from tests.e2e.small_run import write_small_run
 from tests.parallel import engine_jobs
+from tests.parallel.parity import TIED
 from tests.parallel.pool import Pool
+from tests.tiny import FAMILIES, write_policy
 
 PARITY = """
 from megatron_srpo.types import Score
@@ -18,25 +20,33 @@ from megatron_srpo.types import Score
 def parity(prompt, response):
     return Score(value=float(len(response) % 2), correct=bool(len(response) % 2))
 """
-LAYOUTS = {
-    "TP2, two engines": (2, 2, 1, 1),
-    "PP2, one engine of two": (2, 1, 2, 2),
-    "TP2, one engine of two": (2, 2, 1, 2),
-    "TP2xDP2, two engines of two": (4, 2, 1, 2),
-    "TP2xPP2, two engines of two": (4, 2, 2, 2),
+CASES = {
+    "qwen2, TP2, two engines": (2, {"tp": 2}, 1),
+    "qwen2, TP2xDP2, two engines of two": (4, {"tp": 2}, 2),
+    "qwen2, TP2xPP2, two engines of two": (4, {"tp": 2, "pp": 2}, 2),
+    "qwen3_moe, EP2, one engine of two": (2, {"ep": 2}, 2),
+    "olmo3, PP2, one engine of two": (2, {"pp": 2}, 2),
 }
+EVERY_FAMILY = {
+    f"{family}, TP2xPP2, engines of {rollout_tp}": (4, {"tp": 2, "pp": 2}, rollout_tp)
+    for family in FAMILIES
+    for rollout_tp in (1, 2)
+}
+slow = [pytest.param(case, marks=pytest.mark.slow) for case in EVERY_FAMILY if case not in CASES]
 
 
-@pytest.mark.parametrize(("num", "tp", "pp", "rollout_tp"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("case", [*CASES, *slow])
 def test_synced_engines_sample_what_the_trainer_would_and_share_the_prompts(
-    pool: Pool, policy: Path, num: int, tp: int, pp: int, rollout_tp: int
+    pool: Pool, tmp_path: Path, case: str
 ) -> None:
-    layout = {"tp": tp, "pp": pp, "rollout_tp": rollout_tp}
-    ranks = pool.run(num, engine_jobs.synced, policy, None, **layout)
-    assert all(rank["alarm"] is None for rank in ranks)
+    num, layout, rollout_tp = (CASES | EVERY_FAMILY)[case]
+    family = case.partition(",")[0]
+    policy = write_policy(tmp_path, seed=0, family=family, tied=family in TIED, num_layers=4)
+    ranks = pool.run(num, engine_jobs.synced, policy, None, rollout_tp=rollout_tp, **layout)
+    assert all(rank["alarm"] is None for rank in ranks), ranks[0]["alarm"]
     assert all(rank["probe"] == ranks[0]["probe"] for rank in ranks)
     worst = max(rank["off"] for rank in ranks)
-    print(f"\nprobe off by {max(ranks[0]['probe']):.1e}, completions by {worst:.1e} nats")
+    print(f"\n{case}: probe off by {max(ranks[0]['probe']):.1e}, completions by {worst:.1e} nats")
     assert worst <= 1e-5
     of_replica: dict[int, dict[str, list[int]]] = {}
     for rank in ranks:

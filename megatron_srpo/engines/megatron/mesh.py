@@ -130,6 +130,7 @@ def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -
         # tokens make of parts of one. Not where none are shared: the gradients of whole experts
         # would then not be added up over tensor parallel ranks (0.16.1; wrong, without an error).
         expert_tensor_parallel_size=1 if parallel.ep > 1 else parallel.tp,
+        create_gloo_process_groups=False,
     )
     # Megatron wants its random tracker seeded even where no dropout draws from it.
     tensor_parallel.model_parallel_cuda_manual_seed(0)

@@ -43,7 +43,9 @@ class MegatronAdam:
             overlap_param_gather=models[0].ddp_config.overlap_param_gather,
         )
         with cuda_type_names():
-            self._optimizer = get_megatron_optimizer(config, [*models])
+            self._optimizer = get_megatron_optimizer(
+                config, [*models], use_gloo_process_groups=False
+            )
         self._schedule = OptimizerParamScheduler(
             self._optimizer,
             init_lr=0.0,
