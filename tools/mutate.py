@@ -51,7 +51,7 @@ def copy_project(folder: Path) -> Path:
     skipped = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "megatron_srpo", folder / "megatron_srpo", ignore=skipped)
     shutil.copytree(ROOT / "tests" / "unit", folder / "tests" / "unit", ignore=skipped)
-    for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py"):
+    for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/tiny.py"):
         shutil.copyfile(ROOT / name, folder / name)
     return folder
 
@@ -60,6 +60,8 @@ def tests_of(file: str) -> list[str]:
     """The file's own tests first, then the whole algorithm's where it goes through that file."""
     own = Path(file).stem
     names = [own, "algorithm", "cases", "rollouts"] if own in ALGORITHM else [own]
+    if file.startswith("engines/megatron/"):
+        names += ["families", "convert"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]
     return [path for path in paths if (ROOT / path).is_file()]
 
