@@ -62,6 +62,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "localize.template": ("localize.template='{response}'",),
     "localize.parser": (
         "localize.parser=boxed",
+        "localize.max_tokens=60",
         "localize.temperature=2",
         "thoughts.delimiter=ab",
         "thoughts.max_tokens=24",

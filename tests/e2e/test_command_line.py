@@ -18,6 +18,7 @@ from transformers import Qwen2ForCausalLM
 from megatron_srpo.__main__ import main
 from tests.e2e.small_run import write_small_run
 from tests.launch import unlaunched_environment
+from tests.tiny import VOCAB_SIZE
 
 UNSTABLE = ("time/", "speed/", "memory/")
 
@@ -216,7 +217,7 @@ def double_an_id(folder: Path) -> str:
 
 def swap_the_tokenizer(folder: Path) -> str:
     path = folder / "model" / "config.json"
-    path.write_text(path.read_text().replace('"vocab_size": 32', '"vocab_size": 12'))
+    path.write_text(path.read_text().replace(f'"vocab_size": {VOCAB_SIZE}', '"vocab_size": 12'))
     return "num_steps=1"
 
 
@@ -271,7 +272,7 @@ def another_architecture(folder: Path) -> str:
         (swap_the_tokenizer, "the tokenizer does not belong to the model"),
         (cut_the_weights, "model.safetensors: not readable as safetensors"),
         (set_in_model("num_attention_heads", "4"), "num_attention_heads must be a number, not '4'"),
-        (another_architecture, "model_type 'gpt2' is not supported (supported: qwen2)"),
+        (another_architecture, "model_type 'gpt2' is not supported (supported: llama,"),
         (lambda folder: "data.max_prompt_tokens=5", "prompt 'train0' has 8 tokens"),
         (
             lambda folder: "algorithm.num_rollouts=4",

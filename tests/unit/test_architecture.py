@@ -324,6 +324,11 @@ def test_everything_in_the_readmes_tree_is_there():
     assert [path for path in readme_tree() if not (ROOT / path).exists()] == []
 
 
+def test_the_readmes_family_is_the_source_s():
+    source = (PACKAGE / "engines/megatron/families/qwen3.py").read_text()
+    assert source[source.index("FAMILY = ") :] in (ROOT / "README.md").read_text()
+
+
 def test_every_file_of_the_package_is_in_the_readmes_tree():
     listed = set(readme_tree())
     files = {str(file.relative_to(ROOT)) for file in FILES if file.name != "__init__.py"}

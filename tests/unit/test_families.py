@@ -183,7 +183,7 @@ def test_padded_rows_of_the_vocabulary_are_never_predicted(mesh: Mesh, tmp_path:
     ("change", "message"),
     [
         (lambda weights: weights | {"model.extra": torch.zeros(1)}, "no place for: model.extra"),
-        (lambda weights: weights | {HEAD: torch.zeros(9, 128)}, "lm_head.weight has a shape"),
+        (lambda weights: weights | {HEAD: torch.zeros(9, 128)}, "lm_head.weight has 9 rows, but config.json"),
         (
             lambda weights: {n: w for n, w in weights.items() if "layers.2.mlp.up" not in n},
             "the weights lack model.layers.2.mlp.up_proj.weight",

@@ -113,7 +113,13 @@ def load_hf(chunks: Sequence[GPTModel], folder: Path, mesh: Mesh) -> None:
             raise InputError(f"{folder}: the weights lack {missing[0]}")
         if shard.name not in parameters:
             continue
-        full = join(layout, [tensors[hf_name] for hf_name in hf_names], heads)
+        given = [tensors[hf_name] for hf_name in hf_names]
+        if layout == "vocabulary" and len(given[0]) != heads.vocab_size:
+            raise InputError(
+                f"{folder}: {hf_names[0]} has {len(given[0])} rows, but config.json a vocab_size of "
+                f"{heads.vocab_size}"
+            )
+        full = join(layout, given, heads)
         own = part(layout, full, shard.dim, mesh.tp_rank, mesh.tp_size)
         if own.shape != shard.shape:
             raise InputError(
