@@ -40,42 +40,24 @@ class Stored:
     """As safetensors calls it: F32, BF16, ..."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises `InputError` where there is none, or half of one."""
+def stated_config(folder: Path) -> dict[str, Any]:
+    """config.json, whatever it says. Raises `InputError` where there is none."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a Hugging Face model folder (it has no config.json)")
-    config = read_json(folder / "config.json")
+    return read_json(folder / "config.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises `InputError` where there is none, or half of one."""
+    config = stated_config(folder)
     missing = [key for key in REQUIRED if key not in config]
     if missing:
         raise InputError(f"{folder / 'config.json'}: has no {missing[0]!r}")
     for key in COUNTS:
         count = config.get(key)
-        if count is not None and not (isinstance(count, int) and count > 0):
+        if count is not None and not (type(count) is int and count > 0):
             raise InputError(f"{folder / 'config.json'}: {key} must be a number, not {count!r}")
     return config
-
-
-def completed_config(folder: Path) -> dict[str, Any]:
-    """config.json as transformers reads it: with its defaults, old names replaced by new ones."""
-    from transformers import AutoConfig  # takes a second, which a mere check need not wait for
-
-    config = AutoConfig.from_pretrained(folder)
-    return {key: getattr(config, key) for key in {*config.to_dict(), *config.attribute_map}}
-
-
-def num_kv_heads(config: Mapping[str, Any]) -> int:
-    """As many as query heads where config.json does not say."""
-    return config.get("num_key_value_heads") or config["num_attention_heads"]
-
-
-def num_experts(config: Mapping[str, Any]) -> int:
-    """0 in a model without experts."""
-    return config.get("num_experts") or config.get("num_local_experts") or 0
-
-
-def head_size(config: Mapping[str, Any]) -> int:
-    """The hidden size's share where config.json does not say."""
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,15 +16,10 @@ from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.config_file import load_config
 from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.engines.megatron.families import FAMILIES, family_of
+from megatron_srpo.engines.megatron.names import padded_size
 from megatron_srpo.extensions import build, find
-from megatron_srpo.hf_folder import (
-    head_size,
-    num_experts,
-    num_kv_heads,
-    read_config,
-    tensor_shapes,
-    weight_files,
-)
+from megatron_srpo.hf_config import completed_config, head_size, num_experts, num_kv_heads
+from megatron_srpo.hf_folder import tensor_shapes, weight_files
 from megatron_srpo.journal import check_replay
 from megatron_srpo.protocols import CreditRule, ResetRule, Reward
 from megatron_srpo.resets import RULES
@@ -70,10 +65,10 @@ class Inputs:
 def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) -> Inputs:
     """Everything that `train` needs of the user's files."""
     progress = progress_of(cfg)
-    layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
-    check_layout(cfg.parallel, read_config(cfg.model), **layout)
-    _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     family_of(cfg.model)  # only for what it refuses
+    layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
+    check_layout(cfg.parallel, completed_config(cfg.model), **layout)
+    _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
     prompts, dropped = _read_prompts(cfg.data.train, tokenizer, cfg)
@@ -107,7 +102,7 @@ def read_eval_inputs(cfg: Config, *, num_processes: int, out: Path | None = None
     if out is not None:
         _check_new_file(out)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
-    check_layout(ParallelConfig(), read_config(cfg.model), **layout)
+    check_layout(ParallelConfig(), completed_config(cfg.model), **layout)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
     tensor_shapes(cfg.model)  # only for what it refuses
@@ -125,12 +120,12 @@ def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, To
     if cfg.sft is None:
         raise InputError("the config has no `sft` section")
     RunFolder(cfg.sft.run_dir).check_free()
-    check_layout(cfg.parallel, read_config(cfg.sft.model), num_processes=num_processes)
+    family_of(cfg.sft.model)  # only for what it refuses
+    check_layout(cfg.parallel, completed_config(cfg.sft.model), num_processes=num_processes)
     if cfg.sft.batch_size % num_processes:
         raise InputError(
             f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_processes} processes"
         )
-    family_of(cfg.sft.model)
     weight_files(cfg.sft.model)
     return read_demonstrations(cfg.sft.data, HFTokenizer(cfg.sft.model))
 
@@ -146,12 +141,13 @@ def prompt_set(
 def check_layout(
     parallel: ParallelConfig, model: Mapping[str, Any], *, num_processes: int, rollout_tp: int = 1
 ) -> None:
-    """The processes divide over the layout, and the model (its config.json) over the processes."""
+    """The processes divide over the layout, and the model (its completed config) over them."""
     tp, pp, cp, ep = parallel.tp, parallel.pp, parallel.cp, parallel.ep
     widths = {
         "the model's num_attention_heads": model["num_attention_heads"],
         "the model's intermediate_size": model["intermediate_size"],
     }
+    padded = {"the model's padded vocabulary": padded_size(model["vocab_size"])}
     expert_width = {"the model's moe_intermediate_size": model.get("moe_intermediate_size") or 0}
     layers = {"the model's num_hidden_layers": model["num_hidden_layers"]}
     processes = {"the number of processes": num_processes}
@@ -160,7 +156,7 @@ def check_layout(
         (processes, "parallel.tp x parallel.pp x parallel.cp", tp * pp * cp),
         (processes, "parallel.pp x parallel.ep", pp * ep),
         (processes, "rollout.tp", rollout_tp),
-        (widths, "parallel.tp", tp),
+        (widths | padded, "parallel.tp", tp),
         (expert_width, "parallel.tp", tp if ep == 1 else 1),
         (expert_width, "rollout.tp", rollout_tp),
         (layers, "parallel.pp x parallel.vpp", pp * parallel.vpp),
@@ -220,7 +216,7 @@ def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:
 
 def _check_engine_fits(cfg: Config) -> None:
     """The rollout engine must hold the longest sequence."""
-    model = read_config(cfg.model)
+    model = completed_config(cfg.model)
     longest = cfg.rollout.max_model_len
     if longest > model["max_position_embeddings"]:
         raise InputError(

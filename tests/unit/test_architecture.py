@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
     "types protocols config config_file seeding environment run_folder staging",
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
-    "tokenizer hf_folder hf_writer pack_layout batching loss metrics stopwatch "
+    "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics stopwatch "
     "checkpoint_folder checkpoint_store",
     "engines",
     "journal weight_sync colocation telemetry evaluate evaluate_model exchange replica export "

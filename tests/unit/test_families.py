@@ -114,6 +114,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ),
         ("qwen3", {"rope_parameters": None}),
         ("olmo3", {"layer_types": None}),
+        ("olmo3", {"rope_parameters": YARN | {"rope_theta": 1e4}}),
         ("olmo3", {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": YARN}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"norm_topk_prob": None}),
@@ -131,7 +132,31 @@ def test_what_a_config_says_or_leaves_to_transformers_is_taken_as_there(
         ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported .supported: llama, olmo2"),
         (
             {"architectures": ["Qwen2ForSequenceClassification"]},
-            "the architecture 'Qwen2ForSequenceClassification' .* only Qwen2ForCausalLM",
+            "ForSequenceClassification.* is not supported .* only Qwen2ForCausalLM",
+        ),
+        ({"model_type": ["qwen2"]}, "model_type .'qwen2'. is not supported"),
+        ({"architectures": "Qwen2ForCausalLM"}, "the architecture Qwen2ForCausalLM is not"),
+        ({"is_causal": False}, "is_causal=False is not supported in qwen2 models"),
+        ({"num_key_value_heads": 3}, "4 heads do not divide by num_key_value_heads=3"),
+        (
+            {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8},
+            "qwen2 models with sliding windows are unsupported",
+        ),
+        ({"layer_types": ["full_attention"]}, "transformers refuses it: .*layer"),
+        ({"rms_norm_eps": "small"}, "transformers refuses it"),
+        ({"rope_parameters": []}, "rope_parameters must be a mapping"),
+        ({"rope_parameters": None, "rope_scaling": "yarn"}, "rope_scaling must be a mapping"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "4"}},
+            "factor must be a number, not '4'",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "a partial_rotary_factor is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "full_attention": {"rope_theta": 1e4}}},
+            "mixes those of all layers and of types of layers",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported in qwen2 models"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
@@ -159,6 +184,31 @@ def test_what_megatron_would_compute_otherwise_is_refused(
         family_of(stated(written(tmp_path), **keys))
 
 
+@pytest.mark.parametrize(
+    ("family", "keys", "message"),
+    [
+        ("olmo3", {"sliding_window": 0}, "layer_types has sliding windows, but sliding_window is"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 of 4"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok=1"),
+        ("qwen3_moe", {"num_experts": "4", "num_local_experts": None}, "transformers refuses it"),
+    ],
+)
+def test_what_would_end_in_the_middle_of_a_run_is_refused(
+    tmp_path: Path, family: str, keys: Mapping[str, Any], message: str
+):
+    with pytest.raises(InputError, match=message):
+        family_of(stated(written(tmp_path, family), **keys))
+
+
+@pytest.mark.parametrize(("family", "groups"), [("qwen2", 32), ("qwen3_moe", 4)])
+def test_a_size_that_is_left_out_is_its_familys_default(
+    mesh: Mesh, tmp_path: Path, family: str, groups: int
+):
+    sizes = {"num_attention_heads": 2 * groups, "num_key_value_heads": groups, "head_dim": 8}
+    folder = stated(written(tmp_path, family, **sizes), num_key_value_heads=None)
+    assert difference(folder, mesh) <= 1e-5
+
+
 def test_a_rope_of_one_type_of_layers_is_looked_at_too(tmp_path: Path):
     rope = {
         "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
@@ -183,7 +233,10 @@ def test_padded_rows_of_the_vocabulary_are_never_predicted(mesh: Mesh, tmp_path:
     ("change", "message"),
     [
         (lambda weights: weights | {"model.extra": torch.zeros(1)}, "no place for: model.extra"),
-        (lambda weights: weights | {HEAD: torch.zeros(9, 128)}, "lm_head.weight has 9 rows, but config.json"),
+        (
+            lambda weights: weights | {HEAD: torch.zeros(9, 128)},
+            "lm_head.weight has 9 rows",
+        ),
         (
             lambda weights: {n: w for n, w in weights.items() if "layers.2.mlp.up" not in n},
             "the weights lack model.layers.2.mlp.up_proj.weight",

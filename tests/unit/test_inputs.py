@@ -18,7 +18,7 @@ MODEL = {
     "vocab_size": 45,
     "num_hidden_layers": 6,
 }
-EXPERTS = {"num_local_experts": 6, "moe_intermediate_size": 10}
+EXPERTS = {"num_experts": 6, "moe_intermediate_size": 10}
 ONE_GROUP = {"num_key_value_heads": 1}
 
 
@@ -54,6 +54,12 @@ def test_a_layout_that_divides_is_accepted(
         ({"pp": 2, "ep": 4}, 1, EXPERTS, "number of processes, 12, .* x parallel.ep = 8"),
         ({}, 5, {}, "the number of processes, 12, does not divide by rollout.tp = 5"),
         ({"tp": 3}, 1, {}, "num_attention_heads, 8, does not divide by parallel.tp = 3"),
+        (
+            {"tp": 3},
+            1,
+            {"num_attention_heads": 6, "num_key_value_heads": 3},
+            "padded vocabulary, 128, does not divide by parallel.tp = 3",
+        ),
         ({"tp": 4}, 1, {"num_key_value_heads": 3}, "num_key_value_heads, 3, .* parallel.tp = 4"),
         ({"tp": 2}, 1, ONE_GROUP | {"model_type": "olmo3"}, "num_key_value_heads, 1, .* = 2"),
         ({"tp": 2}, 1, {"intermediate_size": 97}, "intermediate_size, 97, does not divide by p"),

@@ -16,7 +16,8 @@ from megatron_srpo.engines.megatron.layers import block_spec
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import Family, heads_of
 from megatron_srpo.engines.megatron.positions import Positions, positions_of
-from megatron_srpo.hf_folder import completed_config, head_size, num_kv_heads, read_config
+from megatron_srpo.hf_config import completed_config, head_size, num_kv_heads
+from megatron_srpo.hf_folder import read_config
 
 
 def is_tied(folder: Path) -> bool:

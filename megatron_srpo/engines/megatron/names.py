@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_srpo.hf_folder import EMBEDDING, HEAD, num_kv_heads, read_config
+from megatron_srpo.hf_config import completed_config, num_kv_heads
+from megatron_srpo.hf_folder import EMBEDDING, HEAD
 
 Layout = Literal["copy", "gate_up", "qkv", "vocabulary"]
 Rule = tuple[Layout, tuple[str, ...]]
@@ -32,8 +33,8 @@ LAYER_PREFIX = "decoder.layers."
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 IN_EXPERT = re.compile(r"(.+\.local_experts\.)(\d+)(\..+)")
 VOCABULARY_MULTIPLE = 128
-"""Megatron's vocabulary is padded to a multiple of this with rows of zeros: it divides by any
-tensor parallel size up to this, and checkpoints have one shape on all layouts."""
+"""Megatron's vocabulary is padded to a multiple of this with rows of zeros: it divides by every
+power of two up to this, and checkpoints have one shape on all layouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class Family:
     """RMSNorm of queries and keys: of each head by itself, or of all heads together."""
     norms: Literal["pre", "post"] = "pre"
     """Where a layer normalizes: what enters attention and MLP, or what leaves them."""
+    has_windows: bool = False
+    """Whether some layers may have a sliding window."""
 
     def rule(self, name: str) -> Rule:
         """The rule for a Megatron parameter, with full Hugging Face names."""
@@ -83,12 +86,17 @@ class Heads:
 
     @property
     def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return padded_size(self.vocab_size)
+
+
+def padded_size(vocab_size: int) -> int:
+    """Rows of Megatron's embedding."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def heads_of(folder: Path) -> Heads:
     """Of the model in a Hugging Face folder."""
-    hf = read_config(folder)
+    hf = completed_config(folder)
     num_groups = num_kv_heads(hf)
     return Heads(
         num_groups=num_groups,

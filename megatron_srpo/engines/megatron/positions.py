@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_srpo.hf_folder import head_size
+from megatron_srpo.hf_config import head_size, transformers_config
 from megatron_srpo.types import InputError
 
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -39,34 +39,45 @@ class Positions:
 
 
 def check_rope(folder: Path, config: dict[str, Any]) -> None:
-    """Raises `InputError` for a scaling that is not supported, or half of one."""
-    for rope in _of_layer_types(config).values():
+    """Raises `InputError` for a scaling that is not supported, or half of one; `config` is
+    config.json as it stands."""
+    path = folder / "config.json"
+    for rope in _stated(path, config):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in NEEDS:
             raise InputError(
-                f"{folder / 'config.json'}: rope type {rope_type!r} is not supported "
-                f"(supported: {', '.join(NEEDS)})"
+                f"{path}: rope type {rope_type!r} is not supported (supported: {', '.join(NEEDS)})"
             )
-        missing = [key for key in NEEDS[rope_type] if key not in rope]
-        if missing:
-            raise InputError(
-                f"{folder / 'config.json'}: rope type {rope_type!r} needs {missing[0]!r}"
-            )
+        for key in NEEDS[rope_type]:
+            if key not in rope:
+                raise InputError(f"{path}: rope type {rope_type!r} needs {key!r}")
+        for key in ("rope_theta", *NEEDS[rope_type]):
+            if not isinstance(rope.get(key, 1), int | float):
+                raise InputError(f"{path}: {key} must be a number, not {rope[key]!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError(f"{path}: a partial_rotary_factor is not supported")
 
 
-def _of_layer_types(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Layer type -> rope parameters, under either name that transformers has had for them."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if parameters and all(isinstance(value, dict) for value in parameters.values()):
-        return parameters
-    return {"": parameters}
+def _stated(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rope parameters, of each type of layers if they differ, under either name that transformers
+    has had for them."""
+    found: list[dict[str, Any]] = []
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(key)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, dict):
+            raise InputError(f"{path}: {key} must be a mapping of keys to values")
+        nested = [value for value in parameters.values() if isinstance(value, dict)]
+        if nested and len(nested) < len(parameters):
+            raise InputError(f"{path}: {key} mixes those of all layers and of types of layers")
+        found += nested or [parameters]
+    return found
 
 
 def positions_of(folder: Path) -> list[Positions]:
     """One per layer."""
-    from transformers import AutoConfig  # takes a second, which a mere check need not wait for
-
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers_config(folder)
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     known = {layer_type: _positions(config, layer_type) for layer_type in dict.fromkeys(types)}
     return [known[layer_type] for layer_type in types]
@@ -74,7 +85,7 @@ def positions_of(folder: Path) -> list[Positions]:
 
 def _positions(config: Any, layer_type: str) -> Positions:
     parameters, of_type = config.rope_parameters, None
-    if "rope_type" not in parameters:
+    if layer_type in parameters:
         parameters, of_type = parameters[layer_type], layer_type
     frequency, factor = _rope(config, parameters, of_type)
     return Positions(

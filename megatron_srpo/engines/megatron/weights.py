@@ -116,8 +116,8 @@ def load_hf(chunks: Sequence[GPTModel], folder: Path, mesh: Mesh) -> None:
         given = [tensors[hf_name] for hf_name in hf_names]
         if layout == "vocabulary" and len(given[0]) != heads.vocab_size:
             raise InputError(
-                f"{folder}: {hf_names[0]} has {len(given[0])} rows, but config.json a vocab_size of "
-                f"{heads.vocab_size}"
+                f"{folder}: {hf_names[0]} has {len(given[0])} rows, but config.json says "
+                f"vocab_size={heads.vocab_size}"
             )
         full = join(layout, given, heads)
         own = part(layout, full, shard.dim, mesh.tp_rank, mesh.tp_size)
