@@ -69,7 +69,8 @@ class Inputs:
 
 def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) -> Inputs:
     """Everything that `train` needs of the user's files."""
-    progress = progress_of(cfg)
+    RunFolder(cfg.run_dir).check_idle()
+    progress = progress_of(cfg, replay)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(cfg.parallel, read_config(cfg.model), **layout)
     _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
