@@ -78,6 +78,7 @@ def load_checkpoint(learner: MegatronLearner, folder: Path) -> None:
     Raises `InputError`, on every rank, if what is in the folder cannot be read.
     """
     wanted = sharded_state(learner, is_loading=True)
+    _check_common(folder)
     try:
         loaded: Any = dist_checkpointing.load(wanted, str(folder))
     except CheckpointException as error:  # torch's, around what happened on each rank
@@ -87,6 +88,15 @@ def load_checkpoint(learner: MegatronLearner, folder: Path) -> None:
     for name, module in _chunks(learner).items():
         module.load_state_dict(loaded[name])
     learner.optimizer.load(loaded["optimizer"], loaded["schedule"])
+
+
+def _check_common(folder: Path) -> None:
+    """What all ranks read alike. Alone, because torch has no narrower error for it than the one
+    that a lost connection or a full GPU raises."""
+    try:
+        dist_checkpointing.load_common_state_dict(str(folder))
+    except (RuntimeError, *UNREADABLE) as error:
+        raise damaged(folder.parent, _line(error)) from error
 
 
 def _line(error: BaseException) -> str:
