@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -100,7 +101,7 @@ def _check_common(folder: Path) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return shorten(f"{type(error).__name__}: {error}", width=160, placeholder=" ...")
 
 
 def sharded_state(learner: MegatronLearner, *, is_loading: bool) -> dict[str, Any]:
