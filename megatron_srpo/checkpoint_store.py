@@ -35,7 +35,19 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
-        return cls(**json.loads((folder / STATE).read_text("utf-8")))
+        """Raises `InputError` if the checkpoint has none that can be read."""
+        try:
+            state = cls(**json.loads((folder / STATE).read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise damaged(folder, f"{STATE}: {error}") from error
+        return state
+
+
+def damaged(checkpoint: Path, what: str) -> InputError:
+    """For a checkpoint that is whole by its manifest and yet cannot be read."""
+    return InputError(
+        f"{checkpoint}: cannot be read ({what}); remove it to go on from an older checkpoint"
+    )
 
 
 def place(folder: Path, step: int) -> Path:

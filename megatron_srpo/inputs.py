@@ -64,7 +64,8 @@ class Inputs:
 
 def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) -> Inputs:
     """Everything that `train` needs of the user's files."""
-    progress = progress_of(cfg)
+    RunFolder(cfg.run_dir).check_idle()
+    progress = progress_of(cfg, replay)
     family_of(cfg.model)  # only for what it refuses
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(cfg.parallel, completed_config(cfg.model), **layout)

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 
 from megatron_srpo.protocols import Collect
 from megatron_srpo.types import Group, InputError, Prompt, Reset, Rollout, Score, Thought
+
+T = TypeVar("T")
+PART = re.compile(r"(\d{6,})-\d{5,}-of-(\d{5,})\.(npz|jsonl)(\.partial)?")
+"""What a file of the journal is called: its step, the number of replicas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +59,12 @@ class Journal:
 
 def read_step(folder: Path, step: int) -> list[Group]:
     """All replicas' groups of one step, in replica order. `InputError` if a part is missing."""
-    return [group for part in _parts(folder, step) for group in _read_part(part)]
+    return [group for part in _parts(folder, step) for group in _readable(_read_part, part)]
 
 
 def check_replay(folder: Path, prompt_ids: Sequence[str], *, step: int) -> None:
     """Raises `InputError` unless the journal holds this step's rollouts of these prompts."""
-    rows = [row for part in _parts(folder, step) for row in _rows(part)]
+    rows = [row for part in _parts(folder, step) for row in _readable(_rows, part)]
     missing = set(prompt_ids) - {row["prompt"]["id"] for row in rows}
     if missing:
         raise InputError(
@@ -68,24 +74,25 @@ def check_replay(folder: Path, prompt_ids: Sequence[str], *, step: int) -> None:
 
 
 def is_whole(folder: Path, step: int) -> bool:
-    """All parts of the step's rollouts are there."""
-    parts = _found(folder, step)
-    return bool(parts) and len(parts) == int(parts[0].stem.rpartition("-of-")[2])
+    """All parts of the step's rollouts are there and can be read."""
+    try:
+        read_step(folder, step)
+    except InputError:
+        return False
+    return True
 
 
 def drop_from(folder: Path, step: int) -> None:
-    """Removes what there is of that step and of later ones."""
+    """Removes what there is of that step and of later ones; what is not the journal's stays."""
     for path in sorted(folder.glob("*-*-of-*")):
-        if int(path.name.partition("-")[0]) >= step:
+        part = PART.fullmatch(path.name)
+        if part and int(part[1]) >= step:
             path.unlink()
 
 
-def _found(folder: Path, step: int) -> list[Path]:
-    return sorted(folder.glob(f"{step:06d}-*-of-*.jsonl"))
-
-
 def _parts(folder: Path, step: int) -> list[Path]:
-    parts = _found(folder, step)
+    found = sorted(folder.glob(f"{step:06d}-*-of-*.jsonl"))
+    parts = [path for path in found if PART.fullmatch(path.name)]
     if not parts:
         raise InputError(f"{folder}: no rollouts of step {step}")
     num_replicas = int(parts[0].stem.rpartition("-of-")[2])
@@ -159,6 +166,14 @@ def _number(value: Any) -> Any:
     raise TypeError(f"{value!r} cannot be written as JSON")
 
 
+def _readable(read: Callable[[Path], list[T]], part: Path) -> list[T]:
+    """What `read` gives; `InputError` if the disk or somebody's hand has damaged the part."""
+    try:
+        return read(part)
+    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise InputError(f"{part.with_suffix('')}: cannot be read ({error!r})") from error
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
@@ -174,12 +189,12 @@ def _read_part(path: Path) -> list[Group]:
     for row, ids in zip(_rows(path), prompt_ids, strict=True):
         known = row["prompt"] | {"solution": tuple(row["prompt"]["solution"])}
         prompt = Prompt(**known, token_ids=ids)
-        rollouts = tuple(
+        rollouts = [
             _rollout(columns, prompt, next(token_ids), next(logprobs))
             for columns in row["rollouts"]
-        )
+        ]
         resets = tuple(Reset(**reset) for reset in row["resets"])
-        groups.append(Group(prompt=prompt, rollouts=rollouts, resets=resets, use=row["use"]))
+        groups.append(Group(prompt=prompt, rollouts=tuple(rollouts), resets=resets, use=row["use"]))
     return groups
 
 

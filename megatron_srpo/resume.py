@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.checkpoint_store import find
+from megatron_srpo.checkpoint_store import RunState, find
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.journal import drop_from, is_whole
@@ -54,16 +55,19 @@ class Progress:
 BEGINNING = Progress(step=0, checkpoint=None, journalled=range(0), torn=())
 
 
-def progress_of(cfg: Config) -> Progress:
-    """Raises `InputError` if the run folder holds a finished run, or one of another config."""
+def progress_of(cfg: Config, replay: Path | None = None) -> Progress:
+    """Raises `InputError` if the run folder holds a finished run, one of another config, or one
+    that was begun with another `replay` (the folder of the run whose rollouts it trains on)."""
     folder = RunFolder(cfg.run_dir)
     if not folder.is_unfinished:
         folder.check_free()
         return BEGINNING
     _check_same(load_config(folder.config), cfg, folder)
-    folder.check_idle()
+    _check_same_replay(replay, folder)
     whole, torn = find(folder.checkpoints)
     step = max(whole, default=0)
+    if whole:
+        RunState.read(whole[step])  # only for what it refuses
     end = step
     while end < cfg.num_steps and is_whole(folder.rollouts, end):
         end += 1
@@ -75,16 +79,57 @@ def progress_of(cfg: Config) -> Progress:
     )
 
 
+def begin(cfg: Config, seen: Sequence[Progress], replay: Path | None = None) -> None:
+    """In a process that is alone at work there, makes the run folder what it was at that step.
+
+    `seen`: what `progress_of` said to each rank before. Raises `InputError`, and changes nothing,
+    if another process has worked there since.
+    """
+    folder, progress = RunFolder(cfg.run_dir), progress_of(cfg, replay)
+    if any(before != progress for before in seen):
+        raise InputError(
+            f"run_dir={folder.root}: another process was at work there meanwhile; start again"
+        )
+    rewind(folder, progress)
+    folder.create(cfg, replay)
+
+
 def rewind(folder: RunFolder, progress: Progress) -> None:
-    """Metrics end where the checkpoint was made, the journal with its last whole step."""
+    """Metrics end where the checkpoint was made, the journal with its last whole step.
+
+    Raises `InputError` if a line of the metrics, not the last one, cannot be read.
+    """
+    size = sum(length for step, length in _lines(folder.metrics) if step < progress.step)
     drop_from(folder.rollouts, progress.journalled.stop)
-    if not folder.metrics.exists():
-        return
-    # A line without its end was cut off; what follows the checkpoint is written again.
-    lines = folder.metrics.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    stay = [line for line in whole if json.loads(line)["step"] < progress.step]
-    os.truncate(folder.metrics, sum(map(len, stay)))
+    if folder.metrics.exists():
+        os.truncate(folder.metrics, size)
+
+
+def _lines(metrics: Path) -> Iterator[tuple[int, int]]:
+    """(step, bytes) of each whole line; the last one may have been cut off."""
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                return
+            raise InputError(
+                f"{metrics}: line {number} cannot be read; remove that line to go on"
+            ) from error
+        if line.endswith(b"\n"):
+            yield step, len(line)
+
+
+def _check_same_replay(replay: Path | None, folder: RunFolder) -> None:
+    before = folder.replay.read_text("utf-8").strip() if folder.replay.is_file() else None
+    now = None if replay is None else str(replay.resolve())
+    if before != now:
+        was = f"with --replay {before}" if before else "without --replay"
+        raise InputError(
+            f"run_dir={folder.root}: holds an unfinished run that was begun {was}; go on {was}, or "
+            "name a new folder (run_dir=PATH)"
+        )
 
 
 def _check_same(before: Config, now: Config, folder: RunFolder) -> None:

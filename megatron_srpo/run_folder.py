@@ -1,10 +1,14 @@
-"""What a run leaves:  config.yaml  metrics.jsonl  log.txt  rollouts/  checkpoints/  hf/"""
+"""What a run leaves:  config.yaml  metrics.jsonl  log.txt  rollouts/  checkpoints/  hf/
+
+Who works in it holds a lock on its log.txt, from before anything is written to the end.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +25,11 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.root / "config.yaml"
+
+    @property
+    def replay(self) -> Path:
+        """Names the run whose rollouts this one trains on; not there if it draws its own."""
+        return self.root / "replay.txt"
 
     @property
     def rollouts(self) -> Path:
@@ -52,7 +61,7 @@ class RunFolder:
         """Raises `InputError` if another run lives here, or something that is no folder."""
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"run_dir={self.root}: exists and is not a folder")
-        if self.root.is_dir() and any(self.root.iterdir()):
+        if self.root.is_dir() and not self._is_bare():
             raise InputError(
                 f"run_dir={self.root}: already holds another run; name a new folder "
                 "(run_dir=PATH) or remove this one"
@@ -61,13 +70,28 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"run_dir={self.root}: {parent} is no folder that can be written to")
 
+    def _is_bare(self) -> bool:
+        """Nothing is there but what a run leaves that was killed before it had its config."""
+        begun = {self._partial_config, self.replay, self.log}
+        return {*self.root.iterdir()} <= begun and not (
+            self.log.is_file() and self.log.stat().st_size
+        )
+
     def check_idle(self) -> None:
         """Raises `InputError` if a process is at work here."""
         if self.log.is_file():
             with self.log.open("a", encoding="utf-8") as log:
-                self.lock(log, fcntl.LOCK_SH)
+                self._lock(log, fcntl.LOCK_SH)
 
-    def lock(self, log: IO[str], kind: int = fcntl.LOCK_EX) -> None:
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Nobody else works here meanwhile; makes the folder. `InputError` if somebody does."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            self._lock(log, fcntl.LOCK_EX)
+            yield
+
+    def _lock(self, log: IO[str], kind: int) -> None:
         """Until `log`, the open log.txt, is closed here and in processes that were forked.
 
         Raises `InputError` if another process holds it. A file system without locks has none.
@@ -80,8 +104,16 @@ class RunFolder:
                     f"run_dir={self.root}: another process is at work there; stop it first"
                 ) from error
 
-    def create(self, cfg: Config) -> None:
+    @property
+    def _partial_config(self) -> Path:
+        return self.config.with_name(self.config.name + ".partial")
+
+    def create(self, cfg: Config, replay: Path | None = None) -> None:
+        """The config comes last: with it this is a run."""
         self.root.mkdir(parents=True, exist_ok=True)
-        partial = self.config.with_name(self.config.name + ".partial")
-        partial.write_text(dump_config(cfg), "utf-8")
-        partial.rename(self.config)
+        if replay is None:
+            self.replay.unlink(missing_ok=True)
+        else:
+            self.replay.write_text(f"{replay.resolve()}\n", "utf-8")
+        self._partial_config.write_text(dump_config(cfg), "utf-8")
+        self._partial_config.rename(self.config)

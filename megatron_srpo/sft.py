@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_srpo.config import Config, LossConfig
+from megatron_srpo.claim import claimed
+from megatron_srpo.config import Config, LossConfig, SftConfig
 from megatron_srpo.data import EpochOrder, demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
-from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
+from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.exchange import exchange
 from megatron_srpo.export import save_hf
 from megatron_srpo.pack_layout import PackLayout
@@ -33,29 +34,40 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
     assert cfg.sft is not None, "checked when the demonstrations were read"
     folder = RunFolder(cfg.sft.run_dir)
     mesh = build_mesh(cfg.parallel)
+
+    def begin() -> None:
+        folder.check_free()
+        folder.create(cfg)
+
+    with claimed(folder, begin, rank=mesh.rank, gather=mesh.gather):
+        _warm_start(cfg, cfg.sft, folder, demonstrations, mesh)
+    destroy_mesh()
+
+
+def _warm_start(
+    cfg: Config, warm: SftConfig, folder: RunFolder, demonstrations: Demonstrations, mesh: Mesh
+) -> None:
     learner = MegatronLearner(
-        cfg.sft.model,
+        warm.model,
         mesh,
         dtype=getattr(torch, cfg.dtype),
         temperature=1.0,
-        optimizer=cfg.sft.optimizer,
+        optimizer=warm.optimizer,
         loss=LossConfig(),
-        num_steps=cfg.sft.num_steps,
+        num_steps=warm.num_steps,
     )
     layout = PackLayout.on(mesh, max_tokens=cfg.micro_batch_tokens)
-    if mesh.rank == 0:
-        folder.create(cfg)
     stopwatch = Stopwatch()
     order = EpochOrder(len(demonstrations), counter_seed(cfg.seed, "sft"))
     with Telemetry(
         folder if mesh.rank == 0 else None,
         cfg.log,
         name="sft",
-        num_steps=cfg.sft.num_steps,
+        num_steps=warm.num_steps,
         stopwatch=stopwatch,
     ) as telemetry:
-        for step in range(cfg.sft.num_steps):
-            mine = _share(step, cfg.sft.batch_size, mesh.rank, mesh.world_size)
+        for step in range(warm.num_steps):
+            mine = _share(step, warm.batch_size, mesh.rank, mesh.world_size)
             samples = [
                 demonstration_sample(
                     str(order[i]), *demonstrations[order[i]], weight=1.0, count=1.0
@@ -67,9 +79,8 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
                 stats = learner.update([batch])
             metrics = {"loss": stats["loss"], "grad_norm": stats["grad_norm"], **stopwatch.take()}
             telemetry.log(step, metrics, f"loss {stats['loss']:.3f}")
-        save_hf(folder.hf, learner, mesh, like=cfg.sft.model)
+        save_hf(folder.hf, learner, mesh, like=warm.model)
         telemetry.say(f"warm-started policy: {folder.hf}")
-    destroy_mesh()
 
 
 def _share(step: int, num_samples: int, rank: int, num_ranks: int) -> range:

@@ -72,7 +72,6 @@ class Telemetry:
             return self
         self._metrics = self._exits.enter_context(self._folder.metrics.open("a", encoding="utf-8"))
         self._log = self._exits.enter_context(self._folder.log.open("a", encoding="utf-8"))
-        self._folder.lock(self._log)
         handler = logging.StreamHandler(self._log)
         handler.setLevel(logging.WARNING)
         logging.getLogger().addHandler(handler)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_srpo.algorithm import to_samples
 from megatron_srpo.assembly import Run, assemble
 from megatron_srpo.batching import mini_batches
+from megatron_srpo.claim import claimed
 from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.export import save_hf
 from megatron_srpo.inputs import Inputs
 from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
-from megatron_srpo.resume import rewind
+from megatron_srpo.resume import begin
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
@@ -30,10 +32,17 @@ def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
 
 def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
     """The same on processes that have found each other."""
-    folder, progress = RunFolder(cfg.run_dir), inputs.progress
     run = assemble(cfg, inputs, mesh, replay)
-    if mesh.rank == 0:
-        folder.create(cfg)
+    folder, seen = RunFolder(cfg.run_dir), mesh.gather(inputs.progress)
+    with claimed(folder, partial(begin, cfg, seen, replay), rank=mesh.rank, gather=mesh.gather):
+        go_on(run, folder, inputs)
+        mesh.gather(None)  # nobody leaves while another still works
+    run.engine.close()
+
+
+def go_on(run: Run, folder: RunFolder, inputs: Inputs) -> None:
+    """From the checkpoint, if there is one, to the trained policy. Collective."""
+    cfg, mesh, progress = run.cfg, run.mesh, inputs.progress
     with Telemetry(
         folder if mesh.rank == 0 else None,
         cfg.log,
@@ -47,9 +56,6 @@ def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None
                 f"{len(inputs.dropped)} prompts are longer than {cfg.data.max_prompt_tokens} "
                 f"tokens and were left out: {', '.join(inputs.dropped[:5])} ..."
             )
-        if mesh.rank == 0:
-            rewind(folder, progress)
-        mesh.gather(None)  # no rank writes into the folder before it is as it should be
         if progress.summary:
             telemetry.say(progress.summary)
         if progress.checkpoint:
@@ -61,8 +67,6 @@ def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None
         run.checkpoints.finish()
         save_hf(folder.hf, run.learner, mesh, like=cfg.model)
         telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
-    mesh.gather(None)  # nobody leaves while another still works
-    run.engine.close()
 
 
 def loop(run: Run, telemetry: Telemetry) -> None:

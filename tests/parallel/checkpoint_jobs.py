@@ -15,7 +15,7 @@ from megatron_srpo.config import OptimizerConfig
 from megatron_srpo.engines.megatron.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.types import AlarmError
+from megatron_srpo.types import AlarmError, InputError
 from tests.parallel.jobs import REINFORCE, TEMPERATURE, Tensors, shared
 from tests.tiny import random_samples
 
@@ -96,3 +96,15 @@ def lost_while_writing(mesh: Mesh, policy: Path, folder: Path) -> str:
 
 def no_room(*arguments: Any, **more: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def refused(mesh: Mesh, policy: Path, folders: Sequence[Path]) -> list[str]:
+    """What is said to the loading of each, on this rank."""
+    learner, said = build(mesh, policy), []
+    for folder in folders:
+        try:
+            load_checkpoint(learner, folder)
+            said.append("loaded")
+        except InputError as error:
+            said.append(str(error))
+    return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,25 @@ def test_a_disk_that_is_full_is_an_alarm_on_all_ranks(
     """Found by the writers, while the learner goes on."""
     alarms = pool.run(2, checkpoint_jobs.lost_while_writing, policy, tmp_path / "checkpoint")
     assert all(alarm.startswith("the checkpoint could not be written") for alarm in alarms)
+
+
+def test_files_that_kept_their_size_and_lost_their_content_are_one_line_on_every_rank(
+    pool: Pool, policy: Path, tmp_path: Path
+) -> None:
+    """And the learner loads a whole one after that."""
+    whole = tmp_path / "000002" / "megatron"
+    whole.parent.mkdir()
+    pool.run(1, checkpoint_jobs.saved_at_once, policy, whole)
+    folders: list[Path] = []
+    for name in sorted(path.name for path in whole.iterdir()):
+        folders.append(tmp_path / f"lost {name}" / "megatron")
+        shutil.copytree(whole, folders[-1])
+        content = (whole / name).read_bytes()
+        (folders[-1] / name).write_bytes(bytes(min(1000, len(content))) + content[1000:])
+    ranks = pool.run(2, checkpoint_jobs.refused, policy, [*folders, whole])
+    for said in ranks:
+        print(*said, sep="\n")
+        assert said[-1] == "loaded"
+        for folder, line in zip(folders, said, strict=False):
+            assert line.startswith(f"{folder.parent}: cannot be read (") and "\n" not in line
+            assert line.endswith("remove it to go on from an older checkpoint")

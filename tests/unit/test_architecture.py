@@ -19,8 +19,8 @@ LEVELS = (
     "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics stopwatch "
     "checkpoint_folder checkpoint_store",
     "engines",
-    "journal weight_sync colocation telemetry evaluate evaluate_model exchange replica export "
-    "inputs sft assembly train checkpoints resume convert verify",
+    "claim journal weight_sync colocation telemetry evaluate evaluate_model exchange replica "
+    "export inputs sft assembly train checkpoints resume convert verify",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

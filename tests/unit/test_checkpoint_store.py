@@ -18,6 +18,7 @@ from megatron_srpo.checkpoint_store import (
     publish,
     remove,
 )
+from megatron_srpo.types import InputError
 
 
 def write(folder: Path, step: int) -> Path:
@@ -124,3 +125,14 @@ def test_the_newest_stays_and_nothing_that_was_dropped_comes_back(
     assert set(sorted(steps)[-keep_last:]) <= stay
     assert all(step % keep_every == 0 for step in stay - set(sorted(steps)[-keep_last:]))
     assert kept(stay, keep_last=keep_last, keep_every=keep_every) == stay
+
+
+@pytest.mark.parametrize("content", [b"", bytes(90), b"{}", b"null", b'{"step": 4', b"\xff"])
+def test_a_state_that_cannot_be_read_names_its_checkpoint_and_the_way_out(
+    tmp_path: Path, content: bytes
+):
+    path = write(tmp_path, 4)
+    (path / "state.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"000004: cannot be read .*remove it to go on") as error:
+        RunState.read(path)
+    assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -280,3 +280,45 @@ def test_the_journal_is_read_as_utf8_whatever_the_locale(tmp_path: Path):
         text=True,
     )
     assert done.stdout.strip() == ascii(HARD_TEXT), done.stderr[-300:]
+
+
+def no_bytes(content: bytes) -> bytes:
+    return b""
+
+
+def zeros(content: bytes) -> bytes:
+    return bytes(len(content))
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def zeros_within(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[: middle - 64] + bytes(128) + content[middle + 64 :]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "jsonl"])
+@pytest.mark.parametrize("damage", [no_bytes, zeros, half, zeros_within])
+def test_a_damaged_part_is_not_whole_and_named_where_it_is_needed(
+    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]
+):
+    journal(tmp_path).write(5, step_of("p"))
+    assert is_whole(tmp_path, 5)
+    path = tmp_path / f"000005-00000-of-00001.{suffix}"
+    path.write_bytes(damage(path.read_bytes()))
+    assert not is_whole(tmp_path, 5)
+    with pytest.raises(InputError, match=r"000005-00000-of-00001: cannot be read") as error:
+        read_step(tmp_path, 5)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_not_the_journal_s_stay_and_count_for_nothing(tmp_path: Path):
+    journal(tmp_path).write(5, step_of("p"))
+    mine = {"notes-of-mine-of-x", "000005-copy-of-mine.jsonl", "000005-00001-of-00001.jsonl~"}
+    for name in mine:
+        (tmp_path / name).write_text("kept")
+    assert is_whole(tmp_path, 5)
+    drop_from(tmp_path, 0)
+    assert {path.name for path in tmp_path.iterdir()} == mine

@@ -10,11 +10,11 @@ import pytest
 
 from megatron_srpo.checkpoint_store import find
 from megatron_srpo.config import Config
-from megatron_srpo.journal import is_whole
-from megatron_srpo.resume import BEGINNING, progress_of, rewind
+from megatron_srpo.journal import Journal, is_whole
+from megatron_srpo.resume import BEGINNING, begin, progress_of, rewind
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.types import InputError
-from tests.unit.builders import config
+from tests.unit.builders import config, group, rollout
 from tests.unit.test_checkpoint_store import lose_the_manifest, write
 
 
@@ -37,9 +37,8 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def put(folder: RunFolder, step: int, *, replica: int, num_replicas: int = 1) -> None:
     folder.rollouts.mkdir(exist_ok=True)
-    stem = f"{step:06d}-{replica:05d}-of-{num_replicas:05d}"
-    for suffix in ("npz", "jsonl"):
-        (folder.rollouts / f"{stem}.{suffix}").touch()
+    journal = Journal(folder=folder.rollouts, replica=replica, num_replicas=num_replicas)
+    journal.write(step, [group(rollout("1"))])
 
 
 def steps_of(folder: RunFolder) -> list[int]:
@@ -144,3 +143,68 @@ def test_a_run_of_another_config_is_refused_in_one_line(
 )
 def test_how_the_work_is_divided_and_told_of_may_differ(folder: RunFolder, changes: dict[str, Any]):
     assert progress_of(cfg_of(folder.root, **changes)).step == 4
+
+
+def test_a_run_begins_only_where_nobody_has_worked_since_it_looked(folder: RunFolder):
+    cfg = cfg_of(folder.root, micro_batch_tokens=7)
+    seen = progress_of(cfg)
+    put(folder, 6, replica=0)
+    before = {path: path.read_bytes() for path in folder.root.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="another process was at work there meanwhile"):
+        begin(cfg, [seen])
+    with pytest.raises(InputError, match="meanwhile"):  # whichever rank has seen the old state
+        begin(cfg, [progress_of(cfg), seen])
+    assert before == {path: path.read_bytes() for path in before}
+    begin(cfg, [progress_of(cfg)])
+    assert steps_of(folder) == [0, 1, 2, 3]
+    assert "micro_batch_tokens: 7" in folder.config.read_text()
+
+
+def test_a_run_that_has_finished_meanwhile_is_refused(folder: RunFolder):
+    seen = progress_of(cfg_of(folder.root))
+    folder.hf.mkdir()
+    with pytest.raises(InputError, match="already holds another run"):
+        begin(cfg_of(folder.root), [seen])
+    assert steps_of(folder) == [*range(6)]
+
+
+def test_a_replay_goes_on_as_the_same_replay_only(tmp_path: Path):
+    folder, of = RunFolder(tmp_path / "run"), tmp_path / "of"
+    cfg = cfg_of(folder.root)
+    begin(cfg, [progress_of(cfg, of)], of)
+    assert progress_of(cfg, tmp_path / "run" / ".." / "of") == BEGINNING
+    for other in (None, tmp_path / "another"):
+        with pytest.raises(InputError, match=f"was begun with --replay {of}; go on") as error:
+            progress_of(cfg, other)
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_that_drew_its_rollouts_does_not_become_a_replay(folder: RunFolder):
+    with pytest.raises(InputError, match="was begun without --replay; go on without --replay, or"):
+        progress_of(cfg_of(folder.root), folder.root.parent / "of")
+
+
+def test_a_step_whose_rollouts_cannot_be_read_is_drawn_again(folder: RunFolder):
+    (folder.rollouts / "000005-00000-of-00001.npz").write_bytes(b"")
+    assert progress_of(cfg_of(folder.root)).journalled == range(4, 5)
+
+
+def test_a_checkpoint_whose_state_cannot_be_read_is_named_before_anything_starts(
+    folder: RunFolder,
+):
+    state = folder.checkpoints / "000004" / "state.json"
+    state.write_bytes(bytes(len(state.read_bytes())))
+    with pytest.raises(InputError, match=r"000004: cannot be read \(state.json: .*remove it to go"):
+        progress_of(cfg_of(folder.root))
+
+
+def test_a_whole_line_that_cannot_be_read_is_named_unless_it_is_the_last(folder: RunFolder):
+    lines = folder.metrics.read_bytes().splitlines(keepends=True)
+    nothing = bytes(20) + b"\n"
+    progress = progress_of(cfg_of(folder.root))
+    folder.metrics.write_bytes(b"".join([*lines[:2], nothing, *lines[2:]]))
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 3 cannot be read; remove"):
+        rewind(folder, progress)
+    folder.metrics.write_bytes(b"".join([*lines, nothing]))
+    rewind(folder, progress)
+    assert steps_of(folder) == [0, 1, 2, 3]

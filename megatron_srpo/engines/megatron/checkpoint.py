@@ -12,10 +12,13 @@ Its results come back through a process that is *spawned*: the main module is im
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -23,8 +26,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_srpo.checkpoint_store import damaged
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.types import AlarmError
+
+UNREADABLE = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError, ValueError)
+"""What Megatron and torch raise over damaged metadata."""
 
 
 class CheckpointWriter:
@@ -67,11 +74,34 @@ class CheckpointWriter:
 
 
 def load_checkpoint(learner: MegatronLearner, folder: Path) -> None:
-    """Collective: the learner is then the one that was saved, on whatever layout that was."""
-    loaded: Any = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(folder))
+    """Collective: the learner is then the one that was saved, on whatever layout that was.
+
+    Raises `InputError`, on every rank, if what is in the folder cannot be read.
+    """
+    wanted = sharded_state(learner, is_loading=True)
+    _check_common(folder)
+    try:
+        loaded: Any = dist_checkpointing.load(wanted, str(folder))
+    except CheckpointException as error:  # torch's, around what happened on each rank
+        raise damaged(folder.parent, _line(next(iter(error.failures.values()))[0])) from error
+    except UNREADABLE as error:
+        raise damaged(folder.parent, _line(error)) from error
     for name, module in _chunks(learner).items():
         module.load_state_dict(loaded[name])
     learner.optimizer.load(loaded["optimizer"], loaded["schedule"])
+
+
+def _check_common(folder: Path) -> None:
+    """What all ranks read alike. Alone, because torch has no narrower error for it than the one
+    that a lost connection or a full GPU raises."""
+    try:
+        dist_checkpointing.load_common_state_dict(str(folder))
+    except (RuntimeError, *UNREADABLE) as error:
+        raise damaged(folder.parent, _line(error)) from error
+
+
+def _line(error: BaseException) -> str:
+    return shorten(f"{type(error).__name__}: {error}", width=160, placeholder=" ...")
 
 
 def sharded_state(learner: MegatronLearner, *, is_loading: bool) -> dict[str, Any]:

@@ -81,14 +81,14 @@ class MegatronAdam:
 
     def sharded_state(
         self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
-    ) -> dict[Any, Any]:
+    ) -> dict[str, Any]:
         """Of Adam; the model's sharded state says where each parameter belongs. Collective."""
         return sharded_states(self._optimizer, model_state, metadata, is_loading=is_loading)
 
     def schedule_state(self) -> dict[str, Any]:
         return self._schedule.state_dict()
 
-    def load(self, state: dict[Any, Any], schedule: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], schedule: dict[str, Any]) -> None:
         """As they came out of a checkpoint."""
         load_states(self._optimizer, state)
         self._schedule.num_steps = 0  # Megatron adds the checkpoint's number to it
