@@ -10,12 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_srpo.hf_folder import read_json
+from megatron_srpo.hf_folder import DTYPES, read_json
 from megatron_srpo.types import InputError
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "megatron_srpo checkpoint", 1
+DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +65,28 @@ def read_manifest(folder: Path) -> Manifest:
     if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{path}: is not the manifest of a {FORMAT} of version {VERSION}")
     try:
-        manifest = Manifest(
-            dtype=content["dtype"], contents=tuple(content["contents"]), files=content["files"]
-        )
+        dtype, contents, files = (content[key] for key in ("dtype", "contents", "files"))
     except KeyError as error:
         raise InputError(f"{path}: has no {error}") from error
+    for is_right, expectation in (
+        (dtype in DTYPE_NAMES, f"dtype must be one of {', '.join(DTYPE_NAMES)}"),
+        (isinstance(contents, list) and "model" in contents, "contents must be a list with model"),
+        (_are_sizes(files), "files must map names to numbers of bytes, one at least"),
+    ):
+        if not is_right:
+            raise InputError(f"{path}: {expectation}")
+    manifest = Manifest(dtype=dtype, contents=tuple(contents), files=files)
     for name, size in manifest.files.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder}: {MANIFEST} names {name}, which is not there")
         if (found := (folder / name).stat().st_size) != size:
             raise InputError(f"{folder / name}: has {found} bytes, {MANIFEST} says {size}")
     return manifest
+
+
+def _are_sizes(files: Any) -> bool:
+    return (
+        isinstance(files, dict)
+        and len(files) > 0
+        and all(isinstance(size, int) and size >= 0 for size in files.values())
+    )

@@ -73,6 +73,28 @@ def test_a_manifest_of_another_format_or_version_is_refused(
         read_manifest(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16"),
+        ({"dtype": ["float32"]}, "dtype must be one of"),
+        ({"contents": None}, "contents must be a list with model"),
+        ({"contents": "model"}, "contents must be a list with model"),
+        ({"contents": ["optimizer"]}, "contents must be a list with model"),
+        ({"files": ["hf/config.json"]}, "files must map names to numbers of bytes"),
+        ({"files": {}}, "files must map names to numbers of bytes, one at least"),
+        ({"files": {"hf/config.json": "2"}}, "files must map names to numbers of bytes"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(
+    folder: Path, change: dict[str, object], message: str
+):
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=rf"manifest\.json: {message}"):
+        read_manifest(folder)
+
+
 def test_half_a_manifest_is_refused(folder: Path):
     path = folder / MANIFEST
     content = json.loads(path.read_text())
