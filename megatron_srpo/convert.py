@@ -22,7 +22,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from megatron_srpo.checkpoint_folder import hf_part, megatron_part, read_manifest, write_manifest
+from megatron_srpo.checkpoint_folder import (
+    check_checksums,
+    hf_part,
+    megatron_part,
+    read_manifest,
+    write_manifest,
+)
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.engines.megatron import torch_dist
 from megatron_srpo.engines.megatron.families import family_of
@@ -125,7 +131,8 @@ def hf_to_megatron(
                 writer.add(model.state[name], full, dim=dim, ranks=ranks[name])
             for entry in torch_dist.objects(model.state):
                 writer.add_object(entry, rank=0)
-        write_manifest(partial, dtype=_name(stored_dtype), contents=("model",))
+        name = _name(stored_dtype)
+        write_manifest(partial, dtype=name, contents=("model",), has_checksums=True)
 
 
 def megatron_to_hf(
@@ -138,10 +145,11 @@ def megatron_to_hf(
 ) -> None:
     """In the checkpoint's dtype, or cast to `dtype`; only the model is read of what is in it.
 
-    Raises `InputError` for a checkpoint that is not whole, lacks a tensor, or holds one that is not
-    finite."""
+    Raises `InputError` for a checkpoint that is not whole, or not as it was written, lacks a
+    tensor, or holds one that is not finite."""
     check_free(out)
     manifest = read_manifest(checkpoint)
+    check_checksums(checkpoint, manifest)
     hf, folder = hf_part(checkpoint), megatron_part(checkpoint)
     family_of(hf)  # only for what it refuses
     stored = torch_dist.stored_tensors(folder)

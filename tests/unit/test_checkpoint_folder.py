@@ -10,6 +10,7 @@ import pytest
 from megatron_srpo.checkpoint_folder import (
     MANIFEST,
     Manifest,
+    check_checksums,
     hf_part,
     megatron_part,
     read_manifest,
@@ -39,6 +40,25 @@ def test_a_manifest_says_what_is_there(folder: Path):
 def test_what_was_not_in_the_folder_when_it_was_written_is_nobodys_business(folder: Path):
     (folder / "notes.txt").write_text("mine")
     assert "notes.txt" not in read_manifest(folder).files
+
+
+def test_a_byte_that_changed_is_found_where_there_are_checksums(folder: Path):
+    metadata = megatron_part(folder) / ".metadata"
+    for has_checksums, expected in (
+        (True, {"hf/config.json": 0xA3A6BF43, "megatron/.metadata": 0xCBF53A1C}),
+        (False, {}),
+    ):
+        metadata.write_bytes(b"12345")
+        contents = ["model", "optimizer"]
+        write_manifest(folder, dtype="float32", contents=contents, has_checksums=has_checksums)
+        manifest = read_manifest(folder)
+        assert manifest.crc32 == expected
+        check_checksums(folder, manifest)
+        metadata.write_bytes(b"12346")
+        read_manifest(folder)
+        if has_checksums:
+            with pytest.raises(InputError, match=r"megatron/\.metadata: was changed or damaged"):
+                check_checksums(folder, manifest)
 
 
 def test_a_manifest_can_be_written_again(folder: Path):
@@ -83,6 +103,10 @@ def test_a_manifest_of_another_format_or_version_is_refused(
         ({"contents": ["optimizer"]}, "contents must be a list with model"),
         ({"files": ["hf/config.json"]}, "files must map names to numbers of bytes"),
         ({"files": {}}, "files must map names to numbers of bytes, one at least"),
+        ({"crc32": [1]}, "crc32 must map names to numbers"),
+        ({"crc32": {"hf/config.json": "2"}}, "crc32 must map names to numbers"),
+        ({"crc32": {"elsewhere": 2}}, "crc32 names elsewhere, which files does not"),
+        ({"files": 3}, "files must map names to numbers of bytes"),
         ({"files": {"hf/config.json": "2"}}, "files must map names to numbers of bytes"),
     ],
 )

@@ -531,6 +531,14 @@ def no_config(checkpoint: Path) -> None:
 def scrambled(checkpoint: Path) -> None:
     path = megatron_part(checkpoint) / "__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
+    respell(checkpoint)
+
+
+def one_bit_off(checkpoint: Path) -> None:
+    path = megatron_part(checkpoint) / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -560,6 +568,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "common junk": (spoilt("megatron/common.pt", b"junk"), "megatron/common.pt: not readable"),
     "common empty": (spoilt("megatron/common.pt", b""), "megatron/common.pt: not readable"),
     "other layers": (other_layers, "linear_qkv.layer_norm_weight has a shape"),
+    "one bit": (one_bit_off, "megatron/__0_0.distcp: was changed or damaged"),
     "scrambled": (scrambled, "embedding.word_embeddings.weight cannot be read"),
 }
 
