@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,9 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_srpo import checkpoints
 from megatron_srpo.checkpoint_folder import hf_part, megatron_part, read_manifest, write_manifest
-from megatron_srpo.config import ParallelConfig
 from megatron_srpo.convert import Layout, _ranks, convert, hf_to_megatron, megatron_to_hf
 from megatron_srpo.engines.megatron import torch_dist
 from megatron_srpo.engines.megatron.names import Heads, join, part, split, whole
@@ -302,23 +300,6 @@ def test_a_cast_of_a_folder_whose_config_is_silent_is_stated_and_no_cast_is_not(
         hf_to_megatron(hf, root / "checkpoint", mesh, layout=Layout(), dtype=dtype)
         megatron_to_hf(root / "checkpoint", root / "back", mesh)
         assert json.loads((root / "back" / "config.json").read_text()) == config | expected
-
-
-def test_a_runs_checkpoint_states_the_runs_dtype(checkpoint: Path, tmp_path: Path):
-    """Over a float32 model, in bfloat16: what `Checkpoints` does before and after its writers."""
-    cfg = SimpleNamespace(
-        model=tmp_path / "hf", dtype="bfloat16", checkpoint=SimpleNamespace(asynchronous=False)
-    )
-    mesh: Any = SimpleNamespace(rank=0, world_size=1, gather=lambda one: [one])
-    mesh.parallel = ParallelConfig()
-    data: Any = SimpleNamespace(state_dict=dict)
-    with patch.object(checkpoints, "CheckpointWriter"):
-        one = checkpoints.Checkpoints(
-            tmp_path / "run", cast(Any, cfg), learner=cast(Any, None), data=data, mesh=mesh
-        )
-        one._begin(1)
-    config = json.loads((tmp_path / "run" / "000001.partial" / "hf" / "config.json").read_text())
-    assert config == CONFIG | {"dtype": "bfloat16"}
 
 
 def test_a_cast_is_of_numbers_that_mean_themselves_and_have_a_place_in_the_new_dtype(

@@ -210,3 +210,12 @@ def test_a_number_that_is_none_is_found_wherever_it_stands(number: float, dtype:
     tensor[1, 3] = number
     with pytest.raises(InputError, match="file: name holds NaN or infinity"):
         check_finite("name", tensor, Path("file"))
+
+
+def test_a_number_that_a_cast_makes_infinite_is_found(tmp_path: Path):
+    folder = model_folder(tmp_path / "model")
+    save_file({"a": torch.tensor([1.0, 3.4e38])}, folder / SINGLE)
+    stored = stored_tensors(folder)
+    assert read_finite(stored, "a").dtype == torch.float32
+    with pytest.raises(InputError, match=r"a holds NaN or infinity \(as bfloat16\)"):
+        read_finite(stored, "a", torch.bfloat16)
