@@ -7,12 +7,12 @@ manifest, one whose files are not those that the manifest counts.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_srpo import staging
 from megatron_srpo.checkpoint_folder import MANIFEST, read_manifest
 from megatron_srpo.types import InputError
 
@@ -92,11 +92,8 @@ def kept(steps: Iterable[int], *, keep_last: int, keep_every: int) -> set[int]:
 
 def publish(partial: Path, path: Path) -> None:
     """Whole and on disk, then under its name; what was there, which was none, is removed."""
-    for written in [partial, *partial.rglob("*")]:
-        _sync(written)
     remove(path)
-    partial.rename(path)
-    _sync(path.parent)
+    staging.publish(partial, path)
 
 
 def remove(path: Path) -> None:
@@ -104,11 +101,3 @@ def remove(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     if path.exists():
         shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from megatron_srpo.checkpoint_folder import hf_part, megatron_part, write_manifest
 from megatron_srpo.checkpoint_store import (
     RunState,
@@ -26,7 +28,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.hf_writer import copy_all_but_weights
+from megatron_srpo.hf_writer import copy_all_but_weights, state_dtype
 from megatron_srpo.protocols import PromptSource
 from megatron_srpo.types import AlarmError
 
@@ -72,6 +74,8 @@ class Checkpoints:
             megatron_part(partial).mkdir(parents=True)
             hf_part(partial).mkdir()
             copy_all_but_weights(self._cfg.model, hf_part(partial))
+            dtype = getattr(torch, self._cfg.dtype)
+            state_dtype(hf_part(partial) / "config.json", dtype)
             state.write(partial)
 
         self._on_first_rank(prepare)

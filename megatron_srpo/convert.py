@@ -22,7 +22,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from megatron_srpo.checkpoint_folder import hf_part, megatron_part, read_manifest, write_manifest
+from megatron_srpo.checkpoint_folder import (
+    check_checksums,
+    hf_part,
+    megatron_part,
+    read_manifest,
+    write_manifest,
+)
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.engines.megatron import torch_dist
 from megatron_srpo.engines.megatron.families import family_of
@@ -34,6 +40,7 @@ from megatron_srpo.hf_folder import (
     EMBEDDING,
     HEAD,
     Stored,
+    check_castable,
     check_finite,
     check_shapes,
     one_dtype,
@@ -75,6 +82,8 @@ def convert(
 ) -> None:
     """The command: from `hf` or from `checkpoint`, one of them, in this process alone."""
     as_dtype = None if dtype is None else getattr(torch, dtype)
+    if checkpoint is not None and layout != Layout():
+        raise InputError("--tp, --pp and --ep divide a checkpoint's files: --ckpt writes none")
     mesh = build_mesh()
     try:
         if mesh.world_size > 1:
@@ -105,7 +114,10 @@ def hf_to_megatron(
     _check_layout(hf, layout)
     stored, model = stored_tensors(hf), outline(hf, mesh)
     _check_weights(hf, stored, model)
-    stored_dtype = one_dtype(hf, stored) if dtype is None else dtype
+    if dtype is not None:
+        check_castable(hf, stored)
+    stored_dtype = dtype or one_dtype(hf, stored)
+    ranks = _ranks(model, layout)
     with staged_folder(out) as partial:
         hf_part(partial).mkdir()
         copy_all_but_weights(hf, hf_part(partial))
@@ -113,14 +125,14 @@ def hf_to_megatron(
             state_dtype(hf_part(partial) / "config.json", dtype)
         with torch_dist.Writer(megatron_part(partial)) as writer:
             for name in _shown(model.parameters, f"{hf} -> {out}"):
-                parts = (read_finite(stored, hf_name) for hf_name in model.hf_names(name))
-                full = model.join(name, [part.to(stored_dtype) for part in parts])
-                ranks = _ranks(name, model, layout)
+                parts = [read_finite(stored, n, stored_dtype) for n in model.hf_names(name)]
+                full = model.join(name, parts)
                 dim = model.parameters[name].dim
-                writer.add(model.state[name], full, dim=dim, ranks=ranks)
+                writer.add(model.state[name], full, dim=dim, ranks=ranks[name])
             for entry in torch_dist.objects(model.state):
                 writer.add_object(entry, rank=0)
-        write_manifest(partial, dtype=_name(stored_dtype), contents=("model",))
+        name = _name(stored_dtype)
+        write_manifest(partial, dtype=name, contents=("model",), has_checksums=True)
 
 
 def megatron_to_hf(
@@ -133,11 +145,13 @@ def megatron_to_hf(
 ) -> None:
     """In the checkpoint's dtype, or cast to `dtype`; only the model is read of what is in it.
 
-    Raises `InputError` for a checkpoint that is not whole, lacks a tensor, or holds one that is not
-    finite."""
+    Raises `InputError` for a checkpoint that is not whole, or not as it was written, lacks a
+    tensor, or holds one that is not finite."""
     check_free(out)
     manifest = read_manifest(checkpoint)
+    check_checksums(checkpoint, manifest)
     hf, folder = hf_part(checkpoint), megatron_part(checkpoint)
+    family_of(hf)  # only for what it refuses
     stored = torch_dist.stored_tensors(folder)
     model = outline(hf, mesh, numbered=torch_dist.has_numbered_layers(stored))
     shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
@@ -192,17 +206,21 @@ def _layer(name: str) -> str:
     return name.removeprefix(LAYER_PREFIX).partition(".")[0]
 
 
-def _ranks(name: str, model: Outline, layout: Layout) -> list[int]:
-    """The tensor parallel ranks, of the stage and of the experts' part that hold a parameter."""
-    num_layers = 1 + max(_index(n, LAYER_PREFIX) for n in model.parameters)
-    num_experts = 1 + max(_index(n, EXPERT) for n in model.parameters)
-    if name.startswith(LAYER_PREFIX):
-        stage = _index(name, LAYER_PREFIX) * layout.pp // num_layers
-    else:
-        stage = 0 if name.startswith("embedding") else layout.pp - 1
-    part = _index(name, EXPERT) * layout.ep // num_experts
-    first = layout.tp * (part + layout.ep * stage)
-    return list(range(first, first + layout.tp))
+def _ranks(model: Outline, layout: Layout) -> dict[str, range]:
+    """Parameter -> tensor parallel ranks, of the stage and of the experts' part that hold it."""
+    num_layers = 1 + max(_index(name, LAYER_PREFIX) for name in model.parameters)
+    num_experts = 1 + max(_index(name, EXPERT) for name in model.parameters)
+
+    def ranks(name: str) -> range:
+        if name.startswith(LAYER_PREFIX):
+            stage = _index(name, LAYER_PREFIX) * layout.pp // num_layers
+        else:
+            stage = 0 if name.startswith("embedding") else layout.pp - 1
+        part = _index(name, EXPERT) * layout.ep // num_experts
+        first = layout.tp * (part + layout.ep * stage)
+        return range(first, first + layout.tp)
+
+    return {name: ranks(name) for name in model.parameters}
 
 
 def _index(name: str, before: str) -> int:

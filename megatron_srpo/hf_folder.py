@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ COUNTS = (
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What safetensors calls them."""
+CASTABLE = (*DTYPES, "F64")
+"""Whose numbers are weights. Those of eight bits are not, without their scales."""
+IGNORED = ".rotary_emb.inv_freq"
+"""Computed from config.json, and yet stored in old folders; transformers passes them over, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
         index = read_json(folder / INDEX)
         if "weight_map" not in index:
             raise InputError(f"{folder / INDEX}: has no `weight_map`")
-        files = {name: folder / file for name, file in index["weight_map"].items()}
+        weight_map = index["weight_map"]
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            raise InputError(f"{folder / INDEX}: `weight_map` must map tensors to file names")
+        files = {name: folder / weight_map[name] for name in _used(weight_map)}
         missing = sorted({str(path) for path in files.values() if not path.is_file()})
         if missing:
             raise InputError(f"{folder}: {INDEX} names {missing[0]}, which is not there")
@@ -85,7 +94,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not (folder / SINGLE).is_file():
         raise InputError(f"{folder}: no {SINGLE} and no {INDEX}")
     with _open(folder / SINGLE) as file:
-        return dict.fromkeys(file.keys(), folder / SINGLE)
+        return dict.fromkeys(_used(file.keys()), folder / SINGLE)
+
+
+def _used(names: Iterable[str]) -> list[str]:
+    """Those of them that are weights."""
+    return [name for name in names if not name.endswith(IGNORED)]
 
 
 @contextlib.contextmanager
@@ -101,7 +115,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor), one at a time."""
     for path in sorted(set(weight_files(folder).values())):
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in _used(file.keys()):
                 yield name, file.get_tensor(name)
 
 
@@ -122,7 +136,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def _headers(path: Path) -> dict[str, Stored]:
     with _open(path) as file:
-        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        headers = {name: file.get_slice(name) for name in _used(file.keys())}
         return {
             name: Stored(file=path, shape=tuple(header.get_shape()), dtype=header.get_dtype())
             for name, header in headers.items()
@@ -167,11 +181,20 @@ def one_dtype(folder: Path, stored: Mapping[str, Stored]) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def read_finite(stored: Mapping[str, Stored], name: str) -> torch.Tensor:
-    """One tensor. Raises `InputError` if a number in it is none."""
+def check_castable(folder: Path, stored: Mapping[str, Stored]) -> None:
+    """Raises `InputError` where a cast would not mean what the stored numbers mean."""
+    for name, tensor in sorted(stored.items()):
+        if tensor.dtype not in CASTABLE:
+            raise InputError(f"{folder}: {name} is {tensor.dtype}, which is not supported")
+
+
+def read_finite(
+    stored: Mapping[str, Stored], name: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """One tensor, cast to `dtype`. Raises `InputError` if a number in it is none then."""
     path = stored[name].file
     with _open(path) as file:
-        tensor = file.get_tensor(name)
+        tensor = file.get_tensor(name).to(dtype)
     check_finite(name, tensor, path)
     return tensor
 
@@ -179,4 +202,5 @@ def read_finite(stored: Mapping[str, Stored], name: str) -> torch.Tensor:
 def check_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
     """Without a temporary of the tensor's size: NaN is both the least and the largest."""
     if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
-        raise InputError(f"{path}: {name} holds NaN or infinity")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{path}: {name} holds NaN or infinity (as {dtype})")

@@ -95,9 +95,9 @@ def _write_shards(folder: Path, shards: Iterator[Tensors]) -> torch.dtype:
 
 
 def state_dtype(path: Path, dtype: torch.dtype) -> None:
-    """The config names the dtype that the weights are stored in; untouched if it does already."""
+    """The config names the dtype that the weights are cast to; untouched if it does already."""
     config = read_json(path)
-    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype")}
-    changed = config | {key: value for key, value in named.items() if key in config}
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    changed = config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     if changed != config:
         path.write_text(json.dumps(changed, indent=2) + "\n", "utf-8")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up",
 
 def check_free(out: Path) -> None:
     """Raises `InputError` where no new folder can be made."""
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out}: exists already; name a new folder")
     parent = next(path for path in out.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -29,25 +30,33 @@ def check_free(out: Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """`<out>.partial`, empty, to be filled; it becomes `out`, on disk, if nothing is raised.
+    """`<out>.<8 digits>.partial`, new and empty, to be filled; it becomes `out`, on disk, if
+    nothing is raised, and is removed if anything is. Only what kills the process leaves it.
 
-    Where the disk is full what was written is removed, and the error is an `InputError`. After any
-    other failure it stays under its name for whoever looks for the cause; the next attempt
-    removes it.
+    A full disk is an `InputError`.
     """
     check_free(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # Not `mkdtemp`: that folder, and so the finished one, would be its owner's alone to read.
+    partial = out.with_name(f"{out.name}.{secrets.token_hex(4)}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
     try:
-        partial.mkdir(parents=True)
         yield partial
-        _sync(partial)
+        publish(partial, out)
     except (OSError, RuntimeError, SafetensorError) as error:
         if (number := _error_number(error)) not in FULL:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{out}: {FULL[number]}; nothing is left of it") from error
-    partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """All of a folder on disk, then under its name, and that on disk too."""
+    for written in [partial, *partial.rglob("*")]:
+        _sync(written)
+    partial.rename(path)
+    _sync(path.parent)
 
 
 def _error_number(error: BaseException) -> int:
@@ -64,11 +73,9 @@ def _error_number(error: BaseException) -> int:
     return int(said[1]) if said else 0
 
 
-def _sync(folder: Path) -> None:
-    """A rename may outlive the machine's failure only where what it names does."""
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

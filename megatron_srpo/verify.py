@@ -26,7 +26,8 @@ def verify(hf: Path, checkpoint: Path, mesh: Mesh, *, dtype: torch.dtype | None 
     model is in memory by itself, in fp32.
     """
     config = read_config(hf)
-    length = min(NUM_TOKENS, config["max_position_embeddings"])
+    # Two at least: what follows the last one has no logits here.
+    length = max(2, min(NUM_TOKENS, config["max_position_embeddings"]))
     token_ids = np.random.default_rng(0).integers(0, config["vocab_size"], length, dtype=np.int32)
     theirs = _transformers_logits(hf, token_ids, dtype)
     ours = restored_logits(checkpoint, token_ids, mesh, cast=dtype)

@@ -10,6 +10,7 @@ import pytest
 from megatron_srpo.checkpoint_folder import (
     MANIFEST,
     Manifest,
+    check_checksums,
     hf_part,
     megatron_part,
     read_manifest,
@@ -41,6 +42,25 @@ def test_what_was_not_in_the_folder_when_it_was_written_is_nobodys_business(fold
     assert "notes.txt" not in read_manifest(folder).files
 
 
+def test_a_byte_that_changed_is_found_where_there_are_checksums(folder: Path):
+    metadata = megatron_part(folder) / ".metadata"
+    for has_checksums, expected in (
+        (True, {"hf/config.json": 0xA3A6BF43, "megatron/.metadata": 0xCBF53A1C}),
+        (False, {}),
+    ):
+        metadata.write_bytes(b"12345")
+        contents = ["model", "optimizer"]
+        write_manifest(folder, dtype="float32", contents=contents, has_checksums=has_checksums)
+        manifest = read_manifest(folder)
+        assert manifest.crc32 == expected
+        check_checksums(folder, manifest)
+        metadata.write_bytes(b"12346")
+        read_manifest(folder)
+        if has_checksums:
+            with pytest.raises(InputError, match=r"megatron/\.metadata: was changed or damaged"):
+                check_checksums(folder, manifest)
+
+
 def test_a_manifest_can_be_written_again(folder: Path):
     first = read_manifest(folder)
     write_manifest(folder, dtype="bfloat16", contents=["model", "optimizer"])
@@ -70,6 +90,32 @@ def test_a_manifest_of_another_format_or_version_is_refused(
     path = folder / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=r"is not the manifest of a .* of version 1"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16"),
+        ({"dtype": ["float32"]}, "dtype must be one of"),
+        ({"contents": None}, "contents must be a list with model"),
+        ({"contents": "model"}, "contents must be a list with model"),
+        ({"contents": ["optimizer"]}, "contents must be a list with model"),
+        ({"files": ["hf/config.json"]}, "files must map names to numbers of bytes"),
+        ({"files": {}}, "files must map names to numbers of bytes, one at least"),
+        ({"crc32": [1]}, "crc32 must map names to numbers"),
+        ({"crc32": {"hf/config.json": "2"}}, "crc32 must map names to numbers"),
+        ({"crc32": {"elsewhere": 2}}, "crc32 names elsewhere, which files does not"),
+        ({"files": 3}, "files must map names to numbers of bytes"),
+        ({"files": {"hf/config.json": "2"}}, "files must map names to numbers of bytes"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(
+    folder: Path, change: dict[str, object], message: str
+):
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=rf"manifest\.json: {message}"):
         read_manifest(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 import tempfile
 from collections import Counter
@@ -22,12 +23,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_srpo.checkpoint_folder import hf_part, megatron_part, read_manifest, write_manifest
-from megatron_srpo.convert import Layout, _ranks, hf_to_megatron, megatron_to_hf
+from megatron_srpo.convert import Layout, _ranks, convert, hf_to_megatron, megatron_to_hf
 from megatron_srpo.engines.megatron import torch_dist
 from megatron_srpo.engines.megatron.names import Heads, join, part, split, whole
 from megatron_srpo.engines.megatron.outline import outline
 from megatron_srpo.hf_folder import INDEX, SINGLE
 from megatron_srpo.types import InputError
+from megatron_srpo.verify import verify
 from tests.tiny import FAMILIES, by_stored_name
 from tests.unit.full_disk import files_up_to
 
@@ -265,8 +267,9 @@ def test_experts_are_divided_over_expert_parallel_ranks_within_each_stage():
     ]
     model: Any = SimpleNamespace(parameters=[*experts, "decoder.layers.1.norm"])
     layout = Layout(tp=2, pp=2, ep=2)
-    found = [_ranks(name, model, layout) for name in model.parameters]
-    assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [4, 5]]
+    found = _ranks(model, layout)
+    assert list(found) == model.parameters
+    assert [list(ranks) for ranks in found.values()] == [[0, 1], [2, 3], [4, 5], [6, 7], [4, 5]]
 
 
 # --- what may be asked for -----------------------------------------------------------------------
@@ -285,6 +288,87 @@ def test_a_cast_rounds_every_tensor_and_is_stated_in_the_config(
     megatron_to_hf(tmp_path / "full", tmp_path / "cast", mesh, dtype=torch.bfloat16)
     assert_same_bits(stored(tmp_path / "cast"), stored(tmp_path / "back"))
     assert other_files(tmp_path / "cast") == other_files(tmp_path / "back")
+
+
+def test_a_cast_of_a_folder_whose_config_is_silent_is_stated_and_no_cast_is_not(
+    tmp_path: Path, mesh: Any
+):
+    config = {key: value for key, value in CONFIG.items() if key != "dtype"}
+    hf = write_model(tmp_path / "hf", config, random_bits(shapes_of(CONFIG), torch.float32))
+    for dtype, expected in ((torch.bfloat16, {"dtype": "bfloat16"}), (None, {})):
+        root = tmp_path / str(dtype)
+        hf_to_megatron(hf, root / "checkpoint", mesh, layout=Layout(), dtype=dtype)
+        megatron_to_hf(root / "checkpoint", root / "back", mesh)
+        assert json.loads((root / "back" / "config.json").read_text()) == config | expected
+
+
+def test_a_cast_is_of_numbers_that_mean_themselves_and_have_a_place_in_the_new_dtype(
+    model: Path, tmp_path: Path, mesh: Any
+):
+    rewritten(model, lambda w: w.update({n: t.clamp(-9, 9).double() for n, t in w.items()}))
+    hf_to_megatron(model, tmp_path / "fine", mesh, layout=Layout(), dtype=torch.bfloat16)
+    megatron_to_hf(tmp_path / "fine", tmp_path / "back", mesh)
+    assert_same_bits(stored(tmp_path / "back"), {n: t.bfloat16() for n, t in stored(model).items()})
+    with pytest.raises(InputError, match="F64, which is not supported"):
+        hf_to_megatron(model, tmp_path / "out", mesh, layout=Layout())
+    for spoil, message in (
+        (with_number(DOWN, 3.4e38), rf"{DOWN} holds NaN or infinity \(as bfloat16\)"),
+        (
+            lambda w: w.update({DOWN: w[DOWN].float().to(torch.float8_e4m3fn)}),
+            f"{DOWN} is F8_E4M3, which is not supported",
+        ),
+        (lambda w: w.update({DOWN: w[DOWN].to(torch.int8)}), f"{DOWN} is I8, which is not"),
+    ):
+        rewritten(model, spoil)
+        with pytest.raises(InputError, match=message):
+            hf_to_megatron(model, tmp_path / "out", mesh, layout=Layout(), dtype=torch.bfloat16)
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_a_cast_on_the_way_back_makes_infinite_is_refused(
+    model: Path, tmp_path: Path, mesh: Any
+):
+    rewritten(model, with_number(DOWN, 3.4e38))
+    hf_to_megatron(model, tmp_path / "checkpoint", mesh, layout=Layout())
+    with pytest.raises(InputError, match=r"holds NaN or infinity \(as bfloat16\)"):
+        megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", mesh, dtype=torch.bfloat16)
+
+
+def test_rotary_frequencies_that_an_old_folder_stores_are_passed_over(
+    model: Path, tmp_path: Path, mesh: Any
+):
+    weights = stored(model)
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in (0, 1)}
+    rewritten(model, lambda w: w.update(old))
+    hf_to_megatron(model, tmp_path / "checkpoint", mesh, layout=Layout())
+    megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back", mesh)
+    assert_same_bits(stored(tmp_path / "back"), weights)
+
+
+def test_a_source_that_has_the_name_of_a_half_written_output_is_not_touched(
+    model: Path, tmp_path: Path, mesh: Any
+):
+    source = model.rename(tmp_path / "keep.partial")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    hf_to_megatron(source, tmp_path / "keep", mesh, layout=Layout())
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    read_manifest(tmp_path / "keep")
+
+
+def test_a_layout_has_no_meaning_on_the_way_back(tmp_path: Path):
+    for layout in (Layout(tp=2), Layout(pp=2), Layout(ep=2)):
+        with pytest.raises(InputError, match="--tp, --pp and --ep divide a checkpoint's files"):
+            convert(
+                hf=None, checkpoint=tmp_path, out=tmp_path / "out", layout=layout, dtype=None,
+                is_verified=False,
+            )  # fmt: skip
+
+
+def test_a_model_of_one_position_is_compared_too(model: Path, tmp_path: Path, mesh: Any):
+    changed(model, max_position_embeddings=1)
+    rewritten(model, lambda w: [tensor.normal_(0, 0.1) for tensor in w.values()])
+    hf_to_megatron(model, tmp_path / "checkpoint", mesh, layout=Layout())
+    assert "verified on 2 random tokens" in verify(model, tmp_path / "checkpoint", mesh)
 
 
 def test_a_config_that_names_another_dtype_than_the_weights_have_stays_as_it_is(
@@ -321,7 +405,7 @@ def rewritten(folder: Path, change: Callable[[Weights], object]) -> None:
     weights = stored(folder)
     change(weights)
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
-        path.unlink()
+        path.unlink(missing_ok=True)
     save_file(weights, folder / SINGLE)
 
 
@@ -412,9 +496,30 @@ def no_metadata(checkpoint: Path) -> None:
     respell(checkpoint)
 
 
+def spoilt(name: str, content: bytes) -> Callable[[Path], object]:
+    def spoil(checkpoint: Path) -> None:
+        (checkpoint / name).write_bytes(content)
+        respell(checkpoint)
+
+    return spoil
+
+
+def no_config(checkpoint: Path) -> None:
+    (hf_part(checkpoint) / "config.json").unlink()
+    respell(checkpoint)
+
+
 def scrambled(checkpoint: Path) -> None:
     path = megatron_part(checkpoint) / "__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
+    respell(checkpoint)
+
+
+def one_bit_off(checkpoint: Path) -> None:
+    path = megatron_part(checkpoint) / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -424,8 +529,27 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: (megatron_part(c) / "__0_0.distcp").unlink(),
         "megatron/__0_0.distcp, which is not there",
     ),
-    "not megatron's": (no_metadata, "not readable as a distributed checkpoint"),
+    "not megatron's": (no_metadata, "megatron/metadata.json: not readable"),
+    "no config": (no_config, "it has no config.json"),
+    "half a json": (spoilt("megatron/metadata.json", b"{"), "megatron/metadata.json: not readable"),
+    "other json": (spoilt("megatron/metadata.json", b"[]"), "megatron/metadata.json: not readable"),
+    "no pickle": (spoilt("megatron/.metadata", b"junk"), "megatron/.metadata: not readable"),
+    "other module": (
+        spoilt("megatron/.metadata", b"cno_module\nname\n."),
+        "megatron/.metadata: not readable as part of a distributed checkpoint (ModuleNotFound",
+    ),
+    "huge pickle": (
+        spoilt("megatron/.metadata", b"\x80\x05\x8e" + b"\xff" * 8 + b"."),
+        "megatron/.metadata: not readable as part of a distributed checkpoint (",
+    ),
+    "other pickle": (
+        spoilt("megatron/.metadata", pickle.dumps([1])),
+        "megatron/.metadata: not readable",
+    ),
+    "common junk": (spoilt("megatron/common.pt", b"junk"), "megatron/common.pt: not readable"),
+    "common empty": (spoilt("megatron/common.pt", b""), "megatron/common.pt: not readable"),
     "other layers": (other_layers, "linear_qkv.layer_norm_weight has a shape"),
+    "one bit": (one_bit_off, "megatron/__0_0.distcp: was changed or damaged"),
     "scrambled": (scrambled, "embedding.word_embeddings.weight cannot be read"),
 }
 

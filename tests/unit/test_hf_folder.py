@@ -108,7 +108,10 @@ def test_unreadable_files_are_errors_of_one_line(tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["{", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "{}", '{"weight_map": []}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'],
+)
 def test_an_unreadable_index_is_an_error_that_names_it(tmp_path: Path, content: str):
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(InputError, match=r"model\.safetensors\.index\.json"):
@@ -122,6 +125,23 @@ def test_stored_tensors_are_known_by_file_shape_and_dtype_without_loading_them(t
     norm = stored["model.norm.weight"]
     assert (norm.file.name, norm.shape, norm.dtype) == ("part1.safetensors", (2,), "F32")
     assert torch.equal(read_finite(stored, "model.norm.weight"), WEIGHTS["model.norm.weight"])
+
+
+def test_rotary_frequencies_of_old_folders_are_no_weights(tmp_path: Path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    folder = sharded(tmp_path / "sharded")
+    save_file(
+        {"model.norm.weight": WEIGHTS["model.norm.weight"], name: torch.ones(1)},
+        folder / "part1.safetensors",
+    )
+    single = model_folder(tmp_path / "single")
+    save_file(WEIGHTS | {name: torch.ones(1)}, single / SINGLE)
+    index = json.loads((folder / INDEX).read_text())
+    for weight_map in (index["weight_map"], index["weight_map"] | {name: "part1.safetensors"}):
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        for one in (folder, single):
+            assert set(stored_tensors(one)) == set(weight_files(one)) == set(WEIGHTS)
+            assert same(dict(read_tensors(one)), WEIGHTS)
 
 
 def test_an_index_and_its_files_must_agree(tmp_path: Path):
@@ -190,3 +210,12 @@ def test_a_number_that_is_none_is_found_wherever_it_stands(number: float, dtype:
     tensor[1, 3] = number
     with pytest.raises(InputError, match="file: name holds NaN or infinity"):
         check_finite("name", tensor, Path("file"))
+
+
+def test_a_number_that_a_cast_makes_infinite_is_found(tmp_path: Path):
+    folder = model_folder(tmp_path / "model")
+    save_file({"a": torch.tensor([1.0, 3.4e38])}, folder / SINGLE)
+    stored = stored_tensors(folder)
+    assert read_finite(stored, "a").dtype == torch.float32
+    with pytest.raises(InputError, match=r"a holds NaN or infinity \(as bfloat16\)"):
+        read_finite(stored, "a", torch.bfloat16)

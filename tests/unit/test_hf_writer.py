@@ -19,7 +19,7 @@ from megatron_srpo.hf_folder import (
     read_tensors,
     stored_tensors,
 )
-from megatron_srpo.hf_writer import write_folder
+from megatron_srpo.hf_writer import state_dtype, write_folder
 from megatron_srpo.types import InputError
 from tests.unit.full_disk import files_up_to
 
@@ -69,7 +69,7 @@ def test_config_and_tokenizer_are_copied_and_old_weights_are_not(tmp_path: Path)
     like = model_folder(tmp_path / "like")
     (like / INDEX).write_text('{"weight_map": {}}')
     (like / "pytorch_model.bin").write_text("old weights")
-    write_folder(tmp_path / "out", WEIGHTS.items(), like=like, tied=True)
+    write_folder(tmp_path / "out", WEIGHTS.items(), like=like, tied=True, is_cast=False)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "tokenizer.json", SINGLE}
     assert read_config(tmp_path / "out") == read_config(like)
@@ -81,6 +81,24 @@ def test_the_config_names_the_dtype_that_the_weights_have_now(tmp_path: Path):
     (like / "config.json").write_text(json.dumps(config))
     write_folder(tmp_path / "out", WEIGHTS.items(), like=like, tied=True)
     assert read_config(tmp_path / "out") == config | {"dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        ({"dtype": "float32", "torch_dtype": "float32"},
+         {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+    ],
+)  # fmt: skip
+def test_a_dtype_is_stated_where_it_stood_or_in_a_line_of_its_own(
+    tmp_path: Path, before: dict[str, str], after: dict[str, str]
+):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"size": 1} | before))
+    state_dtype(path, torch.bfloat16)
+    assert json.loads(path.read_text()) == {"size": 1} | after
 
 
 def test_tensors_that_share_memory_or_are_transposed_are_stored_as_they_look(tmp_path: Path):
@@ -101,9 +119,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path):
     out = tmp_path / "deep" / "out"
     with pytest.raises(RuntimeError, match="the learner died"):
         write_folder(out, broken_stream(), like=like, tied=True)
-    assert not out.exists()
-    # What a broken attempt left does not get into the next one.
-    (out.parent / "out.partial" / "stale").write_text("")
+    assert list(out.parent.iterdir()) == []
     write_folder(out, WEIGHTS.items(), like=like, tied=True)
     assert {f.name for f in out.iterdir()} == {"config.json", "tokenizer.json", SINGLE}
     assert [f.name for f in out.parent.iterdir()] == ["out"]

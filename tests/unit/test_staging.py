@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,15 +29,46 @@ def test_a_folder_has_its_name_only_when_it_is_finished(tmp_path: Path):
     assert names(out.parent) == ["out"]
 
 
-def test_what_a_broken_attempt_left_is_not_in_the_next_one(tmp_path: Path):
-    out = tmp_path / "out"
-    with pytest.raises(RuntimeError, match="died"), staged_folder(out) as partial:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_of_a_broken_attempt_nothing_stays(tmp_path: Path, error: type[BaseException]):
+    with pytest.raises(error, match="died"), staged_folder(tmp_path / "out") as partial:
         (partial / "stale").write_text("")
-        raise RuntimeError("died")
-    assert names(tmp_path) == ["out.partial"]
+        raise error("died")
+    assert names(tmp_path) == []
+
+
+def test_what_happens_to_be_called_partial_is_not_touched(tmp_path: Path):
+    for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")):
+        root = tmp_path / str(len(names(tmp_path)))
+        root.mkdir()
+        make(root / "out.partial")
+        with staged_folder(root / "out") as partial:
+            (partial / "new").write_text("")
+        assert names(root) == ["out", "out.partial"]
+        assert names(root / "out") == ["new"]
+
+
+def test_a_finished_folder_may_be_read_by_whom_other_new_folders_may(tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    with staged_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_contents_are_on_disk_before_they_have_their_name_and_the_name_is_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced: list[tuple[str, bool]] = []
+    out, fsync = tmp_path / "out", os.fsync
+
+    def spied(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, out.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spied)
     with staged_folder(out) as partial:
-        (partial / "new").write_text("")
-    assert names(out) == ["new"]
+        (partial / "file").write_text("content")
+    assert synced == [(partial.name, False), ("file", False), (tmp_path.name, True)]
 
 
 def write_plainly(folder: Path) -> None:
@@ -85,3 +117,6 @@ def test_a_folder_that_exists_or_cannot_be_made_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="exists already"), staged_folder(tmp_path):
         raise AssertionError("must not be entered")
     check_free(tmp_path / "new" / "newer")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match="link: exists already"):
+        check_free(tmp_path / "link")

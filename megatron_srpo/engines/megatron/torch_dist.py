@@ -14,7 +14,9 @@ Megatron's `load` on any layout; what is read here may be written by Megatron's 
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import IO, Any
 import torch
 from megatron.core.dist_checkpointing import load, load_tensors_metadata
 from megatron.core.dist_checkpointing.core import (
+    CONFIG_FNAME,
     CheckpointingConfig,
     CheckpointingException,
     save_config,
@@ -33,7 +36,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import (
+    COMMON_STATE_FNAME,
+    TorchCommonLoadStrategy,
+    TorchCommonSaveStrategy,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
@@ -52,6 +59,12 @@ from megatron_srpo.types import InputError
 
 MAX_PIECE_BYTES = 2**26
 """Of what is written and read at once: who loads a tensor has it in memory, and one piece more."""
+DAMAGE = (
+    ArithmeticError, AttributeError, CheckpointingException, EOFError, ImportError, LookupError,
+    MemoryError, OSError, RuntimeError, TypeError, ValueError, pickle.PickleError, struct.error,
+)  # fmt: skip
+"""What reading a damaged file ends in: a pickle is a program, which may ask for modules,
+attributes and memory that there are not."""
 
 
 class Writer:
@@ -150,12 +163,24 @@ def _tensors(built: Any) -> Iterator[ShardedTensor]:
 
 
 def stored_tensors(folder: Path) -> Mapping[str, Any]:
-    """Key -> a ShardedTensor without data. Raises `InputError` where Megatron can read nothing."""
-    try:
+    """Key -> a ShardedTensor without data. Raises `InputError` for a file besides those of the
+    tensors that Megatron could not read."""
+    with _named(folder / CONFIG_FNAME) as path:
+        CheckpointingConfig(**json.loads(path.read_text("utf-8")))
+    with _named(folder / COMMON_STATE_FNAME):
+        dict(TorchCommonLoadStrategy().load_common(folder))
+    with _named(folder / ".metadata"):
         return load_tensors_metadata(str(folder))
-    except (CheckpointingException, OSError, pickle.UnpicklingError, EOFError) as error:
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except DAMAGE as error:
         raise InputError(
-            f"{folder}: not readable as a distributed checkpoint ({_line(error)})"
+            f"{path}: not readable as part of a distributed checkpoint "
+            f"({type(error).__name__}: {_line(error)})"
         ) from error
 
 
