@@ -86,7 +86,13 @@ def test_the_same_seed_gives_a_byte_equal_journal_and_equal_metrics(folder: Path
 
 
 @pytest.mark.parametrize(
-    "layout", [(), ("parallel.tp=2", "rollout.tp=2"), ("parallel.pp=2",)], ids=" ".join
+    "layout",
+    [
+        ("parallel.tp=2", "rollout.tp=2"),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("parallel.pp=2",), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_two_processes_draw_and_learn_what_one_does(folder: Path, layout: tuple[str, ...]) -> None:
     run = folder / f"two_{len(layout)}"
@@ -99,6 +105,7 @@ def test_two_processes_draw_and_learn_what_one_does(folder: Path, layout: tuple[
         assert together[0][name] == pytest.approx(value, rel=1e-5, abs=tolerance), name
 
 
+@pytest.mark.slow
 def test_a_warm_start_over_tensor_parallel_processes_is_that_of_one(folder: Path) -> None:
     losses: list[list[float]] = []
     for processes, layout in ((1, ()), (2, ("parallel.tp=2",))):

@@ -109,6 +109,7 @@ def test_two_processes_say_and_write_what_one_does(
     assert not list(config.parent.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_one_engine_of_two_processes_says_what_one_process_does(
     config: Path, alone: tuple[subprocess.CompletedProcess[str], list[dict]]
 ) -> None:
@@ -118,6 +119,7 @@ def test_one_engine_of_two_processes_says_what_one_process_does(
     assert json.loads(together.stdout) == pytest.approx(json.loads(alone[0].stdout))
 
 
+@pytest.mark.slow
 def test_more_processes_than_problems_still_evaluate_each_problem_once(config: Path) -> None:
     done = evaluated(config, "eval.num_prompts=1", processes=2)
     assert done.returncode == 0, done.stderr

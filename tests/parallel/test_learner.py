@@ -104,7 +104,7 @@ def test_an_auxiliary_loss_is_its_weight_times_its_mean_whatever_the_denominator
 
 
 def test_three_adamw_steps_follow_torch(policy: Path, mesh: Mesh) -> None:
-    stats, exported = three_steps(mesh, policy)
+    stats, exported = three_steps(build_learner(policy, mesh), mesh)
     assert_three_steps(stats, exported, three_adamw_steps(policy))
 
 

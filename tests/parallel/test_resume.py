@@ -36,11 +36,11 @@ def folder(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of one config, six steps and a checkpoint every two: `whole`, and `stopped` in its
     fifth step, whose rollouts are in its journal."""
     folder = tmp_path_factory.mktemp("resume")
-    (folder / "parity.py").write_text(PARITY)
+    (folder / "parity_of_resumed.py").write_text(PARITY)
     config = write_small_run(
         folder,
         num_steps=6,
-        reward=f"{folder}/parity.py:parity",
+        reward=f"{folder}/parity_of_resumed.py:parity",
         optimizer={"lr": 3e-4, "eps": 1e-3, "warmup_steps": 3, "decay": "linear"},
         loss={"kl_coef": 0.1},  # of the initial policy, whatever was loaded
         checkpoint={"every": 2},
