@@ -238,6 +238,10 @@ def test_padded_rows_of_the_vocabulary_are_never_predicted(mesh: Mesh, tmp_path:
             "lm_head.weight has 9 rows",
         ),
         (
+            lambda weights: {n: w / (n != "model.norm.weight") for n, w in weights.items()},
+            "model.norm.weight holds NaN or infinity",
+        ),
+        (
             lambda weights: {n: w for n, w in weights.items() if "layers.2.mlp.up" not in n},
             "the weights lack model.layers.2.mlp.up_proj.weight",
         ),

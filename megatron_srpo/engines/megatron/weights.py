@@ -33,7 +33,7 @@ from megatron_srpo.engines.megatron.names import (
     split,
     whole,
 )
-from megatron_srpo.hf_folder import EMBEDDING, HEAD, read_tensors
+from megatron_srpo.hf_folder import EMBEDDING, HEAD, check_finite, read_tensors
 from megatron_srpo.types import InputError
 
 
@@ -114,6 +114,8 @@ def load_hf(chunks: Sequence[GPTModel], folder: Path, mesh: Mesh) -> None:
         if shard.name not in parameters:
             continue
         given = [tensors[hf_name] for hf_name in hf_names]
+        for hf_name, tensor in zip(hf_names, given, strict=True):
+            check_finite(hf_name, tensor, folder)
         if layout == "vocabulary" and len(given[0]) != heads.vocab_size:
             raise InputError(
                 f"{folder}: {hf_names[0]} has {len(given[0])} rows, but config.json says "
