@@ -36,6 +36,7 @@ from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.engines.megatron.model import is_tied
 from megatron_srpo.engines.megatron.names import LAYER_PREFIX
 from megatron_srpo.engines.megatron.outline import Outline, outline
+from megatron_srpo.hf_config import completed_config
 from megatron_srpo.hf_folder import (
     EMBEDDING,
     HEAD,
@@ -44,7 +45,6 @@ from megatron_srpo.hf_folder import (
     check_finite,
     check_shapes,
     one_dtype,
-    read_config,
     read_finite,
     stored_tensors,
 )
@@ -196,7 +196,7 @@ def _check_weights(folder: Path, stored: dict[str, Stored], model: Outline) -> N
 def _check_layout(folder: Path, layout: Layout) -> None:
     num_processes = layout.tp * layout.pp * layout.ep
     parallel = ParallelConfig(tp=layout.tp, pp=layout.pp, ep=layout.ep)
-    check_layout(parallel, read_config(folder), num_processes=num_processes)
+    check_layout(parallel, completed_config(folder), num_processes=num_processes)
 
 
 def _layer(name: str) -> str:

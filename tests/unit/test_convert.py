@@ -30,7 +30,7 @@ from megatron_srpo.engines.megatron.outline import outline
 from megatron_srpo.hf_folder import INDEX, SINGLE
 from megatron_srpo.types import InputError
 from megatron_srpo.verify import verify
-from tests.tiny import FAMILIES, by_stored_name
+from tests.tiny import FAMILIES, by_stored_name, write_policy
 from tests.unit.full_disk import files_up_to
 
 Shapes = dict[str, tuple[int, ...]]
@@ -259,6 +259,16 @@ def test_each_ranks_file_holds_what_the_rank_would_hold(model: Path, tmp_path: P
         layers[1] | norms[1] | {head, ("final_layernorm.weight", -1)},
         layers[1] | {head},
     ]
+
+
+def test_experts_are_counted_under_whichever_name_config_json_has_for_them(
+    tmp_path: Path, mesh: Any
+):
+    """transformers writes `num_local_experts`, published folders say `num_experts`."""
+    hf = write_policy(tmp_path / "hf", seed=1, family="qwen3_moe", num_layers=4)
+    assert "num_local_experts" in json.loads((hf / "config.json").read_text())
+    hf_to_megatron(hf, tmp_path / "checkpoint", mesh, layout=Layout(ep=2))
+    assert len(list(megatron_part(tmp_path / "checkpoint").glob("*.distcp"))) == 2
 
 
 def test_experts_are_divided_over_expert_parallel_ranks_within_each_stage():
