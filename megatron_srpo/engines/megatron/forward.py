@@ -100,22 +100,27 @@ class Forward:
         """On the policy's device."""
         return torch.tensor(array, device=self._device)
 
-    def logprobs(
-        self, logits_TV: Tensor, micro_batch: MicroBatch, *, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """[T] log-probs of all targets and [T] entropies, on every context parallel rank; only
-        what this rank computed has a gradient."""
-        cu_seqlens = self.tensor(micro_batch.cu_seqlens)
-        scaled_TV = scaled_logits(logits_TV, temperature=temperature, num_real=self._num_real)
+    def scaled(self, logits_TV: Tensor, *, temperature: float) -> Tensor:
+        """[T / CP, V] what `entropies` and, after it, `logprobs` are computed from."""
+        return scaled_logits(logits_TV, temperature=temperature, num_real=self._num_real)
+
+    def entropies(self, scaled_TV: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """[T] of all next-token distributions, on every context parallel rank; no gradient."""
         entropies_T = token_entropies(scaled_TV.detach(), group=self._mesh.tp_group)
-        logprobs_T = token_logprobs(scaled_TV, self._own_part(micro_batch.target_ids, cu_seqlens))
+        return self._of_all_ranks(entropies_T, micro_batch)
+
+    def logprobs(self, scaled_TV: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """[T] of all targets, on every context parallel rank; only what this rank computed has a
+        gradient. Overwrites `scaled_TV`."""
+        cu_seqlens = self.tensor(micro_batch.cu_seqlens)
+        targets_T = self._own_part(micro_batch.target_ids, cu_seqlens)
+        return self._of_all_ranks(token_logprobs(scaled_TV, targets_T), micro_batch)
+
+    def _of_all_ranks(self, own: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """[T / CP, ...] -> [T, ...]"""
         if self._mesh.cp_size == 1:
-            return logprobs_T, entropies_T
-        group = self._mesh.cp_group
-        return (
-            with_others(logprobs_T, cu_seqlens, group),
-            with_others(entropies_T, cu_seqlens, group),
-        )
+            return own
+        return with_others(own, self.tensor(micro_batch.cu_seqlens), self._mesh.cp_group)
 
     @property
     def _num_real(self) -> int:
@@ -132,7 +137,8 @@ class Forward:
         the others it is room to receive them into."""
 
         def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-            found_T, _ = self.logprobs(logits_TV, micro_batches[index], temperature=temperature)
+            scaled_TV = self.scaled(logits_TV, temperature=temperature)
+            found_T = self.logprobs(scaled_TV, micro_batches[index])
             return found_T.sum(), found_T  # the schedule wants a loss; nothing descends it
 
         found = self.run(micro_batches, finish, forward_only=True)
@@ -162,9 +168,7 @@ class Forward:
             shards = [torch.empty_like(wide_TV) for _ in range(mesh.tp_size)]
             dist.all_gather(shards, wide_TV, group=mesh.tp_group)
             full_TV = torch.cat(shards, dim=-1)[:, : self._heads.vocab_size]
-            if mesh.cp_size > 1:
-                cu_seqlens = self.tensor(micro_batches[index].cu_seqlens)
-                full_TV = with_others(full_TV, cu_seqlens, mesh.cp_group)
+            full_TV = self._of_all_ranks(full_TV, micro_batches[index])
             return full_TV.sum(), full_TV  # the schedule wants a loss; nothing descends it
 
         with torch.no_grad():

@@ -202,9 +202,9 @@ class MegatronLearner:
 
     def _loss(self, logits_TV: Tensor, item: Pass, denominator: float) -> tuple[Tensor, Counters]:
         micro_batch = item.micro_batch
-        logprobs_T, entropies_T = self._forward.logprobs(
-            logits_TV, micro_batch, temperature=self._temperature
-        )
+        scaled_TV = self._forward.scaled(logits_TV, temperature=self._temperature)
+        entropies_T = self._forward.entropies(scaled_TV, micro_batch)
+        logprobs_T = self._forward.logprobs(scaled_TV, micro_batch)
         tokens = TokenTensors(
             loss_weight_T=self._forward.tensor(micro_batch.loss_weight),
             advantage_T=self._forward.tensor(micro_batch.advantage),
