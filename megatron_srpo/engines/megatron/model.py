@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.layers import block_spec
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.names import Family, heads_of
+from megatron_srpo.engines.megatron.names import Family, padded_size
 from megatron_srpo.engines.megatron.positions import Positions, positions_of
 from megatron_srpo.hf_config import completed_config, head_size, num_kv_heads
 from megatron_srpo.hf_folder import read_config
@@ -41,7 +41,7 @@ def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]
         chunk_of(
             config,
             block_spec(family, config, positions, chunk),
-            vocab_size=heads_of(folder).padded_vocab_size,
+            vocab_size=padded_size(hf["vocab_size"]),
             max_sequence_length=hf["max_position_embeddings"],
             pre_process=mesh.pp_rank == 0 and chunk in (None, 0),
             post_process=mesh.is_last_stage and chunk in (None, last),
