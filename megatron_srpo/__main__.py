@@ -1,7 +1,8 @@
 """`megatron-srpo train | sft | eval | convert`: the command line.
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
-Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 what the user gave is wrong.
+Exit codes: 0 done; 1 it broke (a traceback says how); 2 what the user gave is wrong; 3 the run
+stopped itself (an alarm): started again it would do the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         return _stop(error, code=2)
     except AlarmError as error:
-        return _stop(error, code=1)
+        return _stop(error, code=3)
     return 0
 
 
@@ -127,7 +128,7 @@ def _size(word: str) -> int:
 
 
 def _stop(error: Exception, *, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0" or code == 1:
+    if os.environ.get("RANK", "0") == "0" or code == 3:
         print(f"megatron-srpo: error: {error}", file=sys.stderr)
     return code
 

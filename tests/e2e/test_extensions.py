@@ -99,7 +99,7 @@ def test_a_rule_that_names_no_thought_of_its_seed_stops_the_run_with_one_line(
     rule = f"algorithm.resets={folder / 'my_wrong_rules.py'}:LastThought"
     process = start("train", folder / "config.yaml", rule, f"run_dir={folder / 'wrong'}")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 3
     assert "the reset rule chose thought" in output.strip().splitlines()[-1]
     assert "Traceback" in (folder / "wrong/log.txt").read_text()
 
