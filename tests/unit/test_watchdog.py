@@ -5,7 +5,9 @@ from __future__ import annotations
 from megatron_srpo.config import DeadlineConfig
 from megatron_srpo.watchdog import Watchdog, stacks
 
-CFG = DeadlineConfig(generate_s=10, reward_s=2, wait_s=50, train_s=20, sync_s=7, save_s=5, other_s=9)
+CFG = DeadlineConfig(
+    generate_s=10, reward_s=2, wait_s=50, train_s=20, sync_s=7, save_s=5, other_s=9
+)
 
 
 def test_each_phase_has_its_deadline():
