@@ -2,7 +2,7 @@
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Exit codes: 0 done; 1 it broke (a traceback says how); 2 what the user gave is wrong; 3 the run
-stopped itself (an alarm): started again it would do the same.
+stopped itself (an alarm): started again it would do the same; 75 it was asked to stop, and saved.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 from megatron_srpo.types import AlarmError, InputError
+
+STOPPED = 75
+"""sysexits.h's word for "try again later"."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,16 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if is_conversion:
             _convert(arguments)
-        else:
-            _run(arguments, load_config(arguments.config, [*arguments.overrides, *rest]))
+            return 0
+        return _run(arguments, load_config(arguments.config, [*arguments.overrides, *rest]))
     except InputError as error:
         return _stop(error, code=2)
     except AlarmError as error:
         return _stop(error, code=3)
-    return 0
 
 
-def _run(arguments: argparse.Namespace, cfg: Config) -> None:
+def _run(arguments: argparse.Namespace, cfg: Config) -> int:
     """Imports step by step: what the user gave is checked before the engines' long imports."""
     num_processes = int(os.environ["WORLD_SIZE"])
     if arguments.command == "sft":
@@ -65,9 +67,18 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> None:
         from megatron_srpo.inputs import read_inputs
 
         inputs = read_inputs(cfg, num_processes=num_processes, replay=arguments.replay)
+        if inputs.progress.is_finished:
+            print(
+                f"run_dir={cfg.run_dir}: this run is finished; for another one name a new folder "
+                "(run_dir=PATH) or remove this one",
+                file=sys.stderr,
+            )
+            return 0
         from megatron_srpo.train import train
 
-        train(cfg, inputs, replay=arguments.replay)
+        if not train(cfg, inputs, replay=arguments.replay):
+            return STOPPED
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> None:
