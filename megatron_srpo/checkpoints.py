@@ -30,6 +30,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.hf_writer import copy_all_but_weights, state_dtype
 from megatron_srpo.protocols import PromptSource
+from megatron_srpo.staging import on_disk
 from megatron_srpo.types import AlarmError
 
 CONTENTS = ("model", "optimizer", "schedule", "state")
@@ -129,9 +130,10 @@ class Checkpoints:
         problem: str | None = None
         if self._mesh.rank == 0:
             try:
-                work()
-            except OSError as error:
-                problem = str(error)
+                with on_disk(self._folder):
+                    work()
+            except AlarmError as alarm:
+                problem = str(alarm)
         problem = self._mesh.gather(problem)[0]
         if problem is not None:
-            raise AlarmError(f"the checkpoint could not be written: {problem}")
+            raise AlarmError(problem)

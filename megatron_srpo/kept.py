@@ -52,7 +52,6 @@ def write_kept(
     folder: Path, known: Mapping[str, Completion], *, version: int, replica: int, num_replicas: int
 ) -> None:
     """One replica's completions of weights that have seen `version` updates."""
-    folder.mkdir(exist_ok=True)
     completions = [*known.values()]
     arrays = BytesIO()
     np.savez(

@@ -94,10 +94,13 @@ class RunFolder:
         )
 
     def check_idle(self) -> None:
-        """Raises `InputError` if a process is at work here."""
+        """Raises `InputError` if a process is at work here, or nobody may be."""
         if self.log.is_file():
-            with self.log.open("a", encoding="utf-8") as log:
-                self._lock(log, fcntl.LOCK_SH)
+            try:
+                with self.log.open("a", encoding="utf-8") as log:
+                    self._lock(log, fcntl.LOCK_SH)
+            except OSError as error:
+                raise InputError(f"run_dir={self.root}: {error}") from error
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:

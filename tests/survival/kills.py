@@ -23,7 +23,7 @@ class Kill:
     occurrence: int
     """The kill waits until the phase has come so often."""
     fraction: float
-    """Of the longest time that the phase takes in an uninterrupted run."""
+    """Of the time that the phase usually takes in an uninterrupted run."""
     victim: int | None
     """A rank, alone; None: all ranks at once, with all that they have started."""
 
@@ -62,11 +62,11 @@ def plan(phases: Sequence[str], num: int, *, ranks: int, rng: random.Random) -> 
 
 
 def strike(
-    attempt: Attempt, kill: Kill, longest: Mapping[str, float], checkpoints: Path
+    attempt: Attempt, kill: Kill, usual: Mapping[str, float], checkpoints: Path
 ) -> Hit | None:
     """None if the run has ended before the phase came."""
     watched = kill.victim or 0
-    if not _comes(attempt, kill, watched, longest.get(kill.phase, 0.0)):
+    if not _comes(attempt, kill, watched, usual.get(kill.phase, 0.0)):
         return None
     if kill.victim is None:
         for process in attempt.processes:
@@ -101,7 +101,7 @@ def _end(code: int | None) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _comes(attempt: Attempt, kill: Kill, rank: int, longest: float) -> bool:
+def _comes(attempt: Attempt, kill: Kill, rank: int, usual: float) -> bool:
     """Whether the rank is in that phase now, and has been for the time that the kill wants."""
     seen, deadline = 0, time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
@@ -109,7 +109,8 @@ def _comes(attempt: Attempt, kill: Kill, rank: int, longest: float) -> bool:
             return False
         seen += 1
         if seen >= kill.occurrence:
-            time.sleep(kill.fraction * longest)
+            # Shorter each time that it was too long.
+            time.sleep(kill.fraction * usual / (seen - kill.occurrence + 1))
             if attempt.board.phase(rank) == kill.phase:
                 return True
         while attempt.board.phase(rank) == kill.phase and not attempt.is_over():

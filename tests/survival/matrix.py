@@ -40,6 +40,8 @@ PHASES = (
     "generate", "checkpoint", "localize", "journal", "train", "suffix", "sync", "reward", "eval",
     "start", "export",
 )  # fmt: skip
+WORTH_MENTIONING_S = 1e-3
+"""Where no checkpoint is due, its phase is shorter."""
 IN_A_RUN = 6
 """Kills, before it may finish."""
 UNSTABLE = ("time/", "speed/", "memory/")
@@ -121,7 +123,7 @@ class Ground:
     folder: Path
     config: Path
     right: Left = field(init=False)
-    longest: dict[str, float] = field(init=False)
+    usual: dict[str, float] = field(init=False)
     """Seconds, by phase, in the run that was left alone."""
     seconds: float = field(init=False)
     """That it took."""
@@ -132,10 +134,12 @@ class Ground:
             assert not any(codes), f"{codes}\n{attempt.said()}"
             self.seconds = time.monotonic() - attempt.began
         self.right = Left.of(self.run("alone"))
-        self.longest = defaultdict(float)
         lines = (self.folder / "alone.said" / "000-0.phases.jsonl").read_text().splitlines()
-        for phase, seconds in map(json.loads, lines):
-            self.longest[phase] = max(self.longest[phase], seconds)
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for phase, each in map(json.loads, lines):
+            if each > WORTH_MENTIONING_S:
+                seconds[phase].append(each)
+        self.usual = {phase: statistics.median(of) for phase, of in seconds.items()}
 
     def run(self, name: str) -> Path:
         return self.folder / name
@@ -154,7 +158,7 @@ class Ground:
             with self._start(run, number) as attempt:
                 if number < len(kills):
                     checkpoints = self.run(run) / "checkpoints"
-                    hit = strike(attempt, kills[number], self.longest, checkpoints)
+                    hit = strike(attempt, kills[number], self.usual, checkpoints)
                     if hit is not None:
                         hits.append(hit)
                         continue
