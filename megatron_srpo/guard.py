@@ -100,6 +100,11 @@ class Guard:
                 code = ALARM if isinstance(error, AlarmError) else BROKEN
                 trouble = self._report(_line(error), code)
                 self._share(trouble)
+                if trouble.rank != self._rank:
+                    # What failed here is only that the other is gone.
+                    self._end(f"ends because of {trouble}", trouble.code)
+                if self._rank == 0:
+                    self._wait_until_all_know()
         self._watchdog.rest()
         self._exits.close()
 
@@ -179,6 +184,12 @@ class Guard:
         elif self._left.wait(FAREWELL_S):
             return
         self._end(f"ends because of {trouble}", trouble.code)
+
+    def _wait_until_all_know(self) -> None:
+        """Before the store, which this rank may serve, is gone."""
+        deadline = time.monotonic() + FAREWELL_S
+        for rank in range(self._num_ranks):
+            self._comes(f"stacks/{rank}", within=max(0.0, deadline - time.monotonic()))
 
     def _write(self, trouble: Trouble) -> None:
         """Into the log; where somebody hangs, with the stacks of all who answer."""

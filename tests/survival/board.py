@@ -9,7 +9,7 @@ from types import TracebackType
 
 PHASES = (
     "start", "other", "generate", "localize", "suffix", "reward", "journal", "train", "sync",
-    "checkpoint", "eval", "export", "done",
+    "checkpoint", "eval", "wait", "export", "done",
 )  # fmt: skip
 """`start`: before the first step; `other`: what no phase of the loop claims."""
 SLOT = struct.Struct("=Bxxxxxxxdd")
@@ -39,7 +39,7 @@ class Board:
         self._page.close()
 
     def show(self, rank: int, phase: str) -> None:
-        self._page[rank * SLOT.size] = PHASES.index(phase)
+        self._page[rank * SLOT.size] = PHASES.index(phase if phase in PHASES else "other")
 
     def phase(self, rank: int) -> str:
         return PHASES[self._page[rank * SLOT.size]]

@@ -35,7 +35,8 @@ class Hit:
     wanted: str
     victim: int | None
     phase: str
-    """The victim's when it was dead; the first rank's, if all were hit."""
+    """The victim's when it was dead; the first rank's, if all were hit or the victim is none that
+    has this phase."""
     phases: list[str]
     """Every rank's, then."""
     was_saving: bool
@@ -62,20 +63,22 @@ def plan(phases: Sequence[str], num: int, *, ranks: int, rng: random.Random) -> 
 
 
 def strike(
-    attempt: Attempt, kill: Kill, usual: Mapping[str, float], checkpoints: Path
+    attempt: Attempt, kill: Kill, usual: Sequence[Mapping[str, float]], checkpoints: Path
 ) -> Hit | None:
-    """None if the run has ended before the phase came."""
-    watched = kill.victim or 0
-    if not _comes(attempt, kill, watched, usual.get(kill.phase, 0.0)):
+    """None if the run has ended before the phase came. `usual`: of each rank."""
+    hit = kill.victim or 0
+    # Rewards and the journal are their replica's leader's.
+    watched = hit if kill.phase in usual[hit] else 0
+    if not _comes(attempt, kill, watched, usual[watched].get(kill.phase, 0.0)):
         return None
     if kill.victim is None:
         for process in attempt.processes:
             kill_group(process)
     else:
-        pid = attempt.processes[watched].pid
+        pid = attempt.processes[hit].pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-    attempt.processes[watched].join()
+    attempt.processes[hit].join()
     ranks = range(len(attempt.processes))
     phases = [attempt.board.phase(rank) for rank in ranks]
     was_saving = any(checkpoints.glob("*.partial"))

@@ -33,7 +33,7 @@ class Attempt:
         number: int,
         ranks: int,
         command: Sequence[str],
-        prepare: Callable[[], None] | None = None,
+        prepare: Callable[[int], None] | None = None,
     ) -> None:
         """`folder` is for what the ranks say and show."""
         context = get_context("forkserver")

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 """Processes and overrides."""
 PHASES = (
     "generate", "checkpoint", "localize", "journal", "train", "suffix", "sync", "reward", "eval",
-    "start", "export",
+    "start", "wait", "export",
 )  # fmt: skip
 WORTH_MENTIONING_S = 1e-3
 """Where no checkpoint is due, its phase is shorter."""
@@ -123,8 +123,8 @@ class Ground:
     folder: Path
     config: Path
     right: Left = field(init=False)
-    usual: dict[str, float] = field(init=False)
-    """Seconds, by phase, in the run that was left alone."""
+    usual: list[dict[str, float]] = field(init=False)
+    """Of each rank: seconds, by phase, in the run that was left alone."""
     seconds: float = field(init=False)
     """That it took."""
 
@@ -134,12 +134,8 @@ class Ground:
             assert not any(codes), f"{codes}\n{attempt.said()}"
             self.seconds = time.monotonic() - attempt.began
         self.right = Left.of(self.run("alone"))
-        lines = (self.folder / "alone.said" / "000-0.phases.jsonl").read_text().splitlines()
-        seconds: dict[str, list[float]] = defaultdict(list)
-        for phase, each in map(json.loads, lines):
-            if each > WORTH_MENTIONING_S:
-                seconds[phase].append(each)
-        self.usual = {phase: statistics.median(of) for phase, of in seconds.items()}
+        said = sorted((self.folder / "alone.said").glob("*.phases.jsonl"))
+        self.usual = [_usual(path) for path in said]
 
     def run(self, name: str) -> Path:
         return self.folder / name
@@ -173,6 +169,14 @@ class Ground:
             if row["purpose"] != "eval" and row["step"] in journalled[row["attempt"]]
         ]
         return hits, again + Left.of(self.run(run)).differences(self.right)
+
+
+def _usual(phases: Path) -> dict[str, float]:
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for phase, each in map(json.loads, phases.read_text().splitlines()):
+        if each > WORTH_MENTIONING_S:
+            seconds[phase].append(each)
+    return {phase: statistics.median(of) for phase, of in seconds.items()}
 
 
 def whole_steps(rollouts: Path) -> set[int]:

@@ -107,11 +107,11 @@ def be_rank(
     attempt: int,
     environment: dict[str, str],
     command: Sequence[str],
-    prepare: Callable[[], None] | None,
+    prepare: Callable[[int], None] | None,
 ) -> None:
     """The whole life of a rank, which is the leader of its process group. Exits as the command.
 
-    `prepare`: what else is done in the process before.
+    `prepare`: what else is done in the process before, of the rank.
     """
     os.setpgid(0, 0)
     os.environ |= environment
@@ -122,7 +122,7 @@ def be_rank(
         for hook in watched.hooks():
             patched.enter_context(hook)
         if prepare is not None:
-            prepare()
+            prepare(rank)
         code = main(list(command))
         watched.show("done")
     lines = "".join(json.dumps(pair) + "\n" for pair in watched.seconds)
