@@ -44,7 +44,9 @@ class Checkpoints:
     ) -> None:
         self._folder, self._cfg = folder, cfg
         self._learner, self._data, self._mesh = learner, data, mesh
-        self._writer = CheckpointWriter(learner, asynchronous=cfg.checkpoint.asynchronous)
+        self._writer = CheckpointWriter(
+            learner, asynchronous=cfg.checkpoint.asynchronous, gather=mesh.gather
+        )
         self._open: int | None = None
         """The step whose checkpoint is being written."""
         self._done, self._position = 0, data.state_dict()

@@ -76,6 +76,7 @@ class Guard:
         self._watchdog, self._log = watchdog, log
         self.asked_by: str | None = None
         """What asked the run to stop."""
+        self._heard: Trouble | None = None
         self._first_signal: float | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="guard", daemon=True)
@@ -96,17 +97,20 @@ class Guard:
         self._thread.join()
         # Refusals of what the user gave are raised on all ranks.
         if error is not None and not isinstance(error, InputError):
-            with contextlib.suppress(DistError):
-                code = ALARM if isinstance(error, AlarmError) else BROKEN
-                trouble = self._report(_line(error), code)
-                self._share(trouble)
-                if trouble.rank != self._rank:
-                    # What failed here is only that the other is gone.
-                    self._end(f"ends because of {trouble}", trouble.code)
-                if self._rank == 0:
-                    self._wait_until_all_know()
+            self._part_with(error)
         self._watchdog.rest()
         self._exits.close()
+
+    def _part_with(self, error: BaseException) -> None:
+        """Says it, unless it is only that another rank is gone."""
+        with contextlib.suppress(DistError):
+            code = ALARM if isinstance(error, AlarmError) else BROKEN
+            self._heard = self._report(_line(error), code)
+            self._share(self._heard)
+            if self._rank == 0:
+                self._wait_until_all_know()
+        if self._heard is not None and self._heard.rank != self._rank:
+            self._end(f"ends because of {self._heard}", self._heard.code)
 
     def _listen(self) -> None:
         try:
@@ -140,7 +144,8 @@ class Guard:
         if late is not None:
             self._report(late, BROKEN, hangs=True)
         if self._store.check(["trouble"]):
-            self._share(Trouble(**json.loads(self._store.get("trouble"))))
+            self._heard = Trouble(**json.loads(self._store.get("trouble")))
+            self._share(self._heard)
 
     def _exchange(self, position: Position) -> Mapping[int, Point]:
         self._store.set(f"stop/at/{self._rank}", position.dump())

@@ -74,7 +74,9 @@ def on_disk(path: Path) -> Iterator[None]:
         if not number:
             raise
         why = WORDS.get(number, os.strerror(number))
-        raise AlarmError(f"{path} could not be written: {why}; mend that and start again") from error
+        raise AlarmError(
+            f"{path} could not be written: {why}; mend that and start again"
+        ) from error
 
 
 def publish(partial: Path, path: Path) -> None:

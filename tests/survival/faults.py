@@ -1,24 +1,25 @@
 """A disk that refuses from a certain moment on: it is full, or a folder can only be read.
 
 For `Attempt`: called in a rank before its work. No file of this process, or of those that it forks,
-can grow any more (an OSError, as on a full disk: Python ignores the signal), or no file can be made
-in a folder, also by root, who gives the right to do so away.
+can grow beyond a page any more (an OSError, as on a full disk: Python ignores the signal), or no file
+can be made in a folder, also by root, who gives the right to do so away.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 CAP_DAC_OVERRIDE = 1
 VERSION_3 = 0x20080522
+PAGE_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RefusesWhen:
     """From the moment at which `call` (module, function) is called for the n-th time on a rank."""
 
@@ -49,7 +50,8 @@ class RefusesWhen:
     def _refuse(self) -> None:
         if self.read_only is None:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_BYTES, hard))
+            os.ftruncate(2, 0)  # room for the last words
             return
         obey_permissions()
         self.read_only.mkdir(exist_ok=True)
@@ -64,6 +66,3 @@ def obey_permissions() -> None:
     assert libc.capget(header, sets) == 0
     sets[0] &= ~(1 << CAP_DAC_OVERRIDE)
     assert libc.capset(header, sets) == 0, "cannot give away the right to write anywhere"
-
-
-Prepare = Callable[[int], None]

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ WORTH_MENTIONING_S = 1e-3
 IN_A_RUN = 6
 """Kills, before it may finish."""
 UNSTABLE = ("time/", "speed/", "memory/")
-REWARD = '''
+REWARD = """
 import time
 from megatron_srpo.types import Score
 
@@ -53,7 +53,7 @@ from megatron_srpo.types import Score
 def parity(prompt, response):
     time.sleep(0.002)
     return Score(value=float(len(response) % 2), correct=bool(len(response) % 2))
-'''
+"""
 """Gives a random policy a gradient, and takes a time in which it can be hit."""
 
 
@@ -129,7 +129,7 @@ class Ground:
     """That it took."""
 
     def __post_init__(self) -> None:
-        with self._start("alone", 0) as attempt:
+        with self.start("alone", 0) as attempt:
             codes = attempt.finish()
             assert not any(codes), f"{codes}\n{attempt.said()}"
             self.seconds = time.monotonic() - attempt.began
@@ -140,10 +140,17 @@ class Ground:
     def run(self, name: str) -> Path:
         return self.folder / name
 
-    def _start(self, run: str, number: int) -> Attempt:
+    def start(
+        self,
+        run: str,
+        number: int,
+        *more: str,
+        prepare: Callable[[int], None] | None = None,
+    ) -> Attempt:
+        """The command, for the so-manieth time; `more`: overrides."""
         ranks, overrides = LAYOUTS[self.name]
-        command = ["train", str(self.config), f"run_dir={self.run(run)}", *overrides]
-        return Attempt(self.folder / f"{run}.said", number, ranks, command)
+        command = ["train", str(self.config), f"run_dir={self.run(run)}", *overrides, *more]
+        return Attempt(self.folder / f"{run}.said", number, ranks, command, prepare)
 
     def kill_run(self, run: str, kills: Sequence[Kill]) -> tuple[list[Hit], list[str]]:
         """(what was hit, before the run was done; what is wrong with what it has left)"""
@@ -151,7 +158,7 @@ class Ground:
         journalled: list[set[int]] = []
         for number in range(len(kills) + 1):
             journalled.append(whole_steps(self.run(run) / "rollouts"))
-            with self._start(run, number) as attempt:
+            with self.start(run, number) as attempt:
                 if number < len(kills):
                     checkpoints = self.run(run) / "checkpoints"
                     hit = strike(attempt, kills[number], self.usual, checkpoints)

@@ -14,7 +14,7 @@ from megatron_srpo.environment import set_environment
 warnings.simplefilter("ignore")
 set_environment()
 
-import vllm.model_executor.model_loader  # noqa: E402, F401
+import vllm.model_executor.model_loader  # noqa: E402
 import vllm.model_executor.models.qwen2  # noqa: E402, F401
 
 import megatron_srpo.__main__  # noqa: E402

@@ -1,8 +1,8 @@
 """A rank of a run as the command line starts it, which shows its phase and notes what it draws.
 
-    board           the phase, at every moment (`board.py`)
-    phases.jsonl    at the end: how long each phase took, each time
-    drawn.jsonl     a line for each batch of requests that it sends to its engine
+board           the phase, at every moment (`board.py`)
+phases.jsonl    at the end: how long each phase took, each time
+drawn.jsonl     a line for each batch of requests that it sends to its engine
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ class Watched:
             self.step = step
             return collect(*arguments, step=step, **more)
 
-        def generated(
-            engine: VllmGenerator, requests: Sequence[Request]
-        ) -> Iterator[Completion]:
+        def generated(engine: VllmGenerator, requests: Sequence[Request]) -> Iterator[Completion]:
             purposes = {request.purpose for request in requests}
             if purposes - {"probe"}:
                 row = {"attempt": self.attempt, "step": self.step, "requests": len(requests)}
@@ -125,9 +123,10 @@ def be_rank(
             prepare(rank)
         code = main(list(command))
         watched.show("done")
+    if code:
+        sys.exit(code)
     lines = "".join(json.dumps(pair) + "\n" for pair in watched.seconds)
     (folder / f"{attempt:03d}-{rank}.phases.jsonl").write_text(lines)
-    sys.exit(code)
 
 
 def _speak_to(log: Path) -> None:

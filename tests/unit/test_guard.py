@@ -157,3 +157,30 @@ def test_what_the_user_gave_wrong_is_said_by_every_rank_itself(rank: Rank):
     with pytest.raises(InputError), rank.guarded():
         raise InputError("no such file")
     assert not rank.mesh.store.check(["trouble"])
+
+
+def test_what_fails_only_because_another_rank_is_gone_ends_with_that_ones_code(rank: Rank):
+    other = Rank(SimpleNamespace(**vars(rank.mesh) | {"rank": 1, "world_size": 2}), rank.log)
+    with pytest.raises(AlarmError), other.guarded():
+        raise AlarmError("the disk is full")
+    with pytest.raises(Ended), rank.guarded():
+        raise RuntimeError("Connection closed by peer")
+    assert rank.ended == [guard.ALARM]
+
+
+def test_so_it_does_if_the_store_is_gone_too(rank: Rank, monkeypatch: pytest.MonkeyPatch):
+    first = rank.guarded()
+    second = Rank(SimpleNamespace(**vars(rank.mesh) | {"rank": 1, "world_size": 2}), rank.log)
+    second.ended = rank.ended
+    monkeypatch.setattr(guard, "FAREWELL_S", 5.0)
+
+    def gone(*arguments: Any) -> None:
+        raise dist.DistError("gone")
+
+    with pytest.raises(Ended), second.guarded() as guarded:
+        with pytest.raises(AlarmError), first:
+            raise AlarmError("the disk is full")
+        assert comes(lambda: guarded._heard)
+        monkeypatch.setattr(guarded, "_report", gone)
+        raise RuntimeError("Connection closed by peer")
+    assert rank.ended == [guard.ALARM]

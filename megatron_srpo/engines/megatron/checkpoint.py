@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -41,8 +41,15 @@ UNREADABLE = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError,
 class CheckpointWriter:
     """Writes one checkpoint at a time. Every call is collective."""
 
-    def __init__(self, learner: MegatronLearner, *, asynchronous: bool) -> None:
-        self._learner, self._asynchronous = learner, asynchronous
+    def __init__(
+        self,
+        learner: MegatronLearner,
+        *,
+        asynchronous: bool,
+        gather: Callable[[list[str]], list[list[str]]],
+    ) -> None:
+        """`gather`: every rank's value, on every rank (`Mesh.gather`)."""
+        self._learner, self._asynchronous, self._gather = learner, asynchronous, gather
         self._queue = AsyncCallsQueue()
         self._folder = Path()
         upstream.install_results()
@@ -55,7 +62,7 @@ class CheckpointWriter:
             get_default_save_sharded_strategy(), _copies_group()
         )
         state = sharded_state(self._learner, is_loading=False)
-        with _on_disk(folder):
+        with self._on_disk(), upstream.forked_end_with_this():
             request: Any = dist_checkpointing.save(
                 state, str(folder), strategy, async_sharded_save=True
             )
@@ -69,25 +76,24 @@ class CheckpointWriter:
 
         Raises `AlarmError` if it could not be written.
         """
-        with _on_disk(self._folder):
+        with self._on_disk():
             self._queue.maybe_finalize_async_calls(blocking=wait)
         return self._queue.get_num_unfinalized_calls() == 0
 
-
-@contextlib.contextmanager
-def _on_disk(folder: Path) -> Iterator[None]:
-    """`AlarmError` if the operating system refuses, here or to one of the writers."""
-    try:
-        with on_disk(folder):
-            yield
-    except CheckpointException as error:
-        # Only the first rank hears what has happened on all of them.
-        said = [_line(failure) for failure, _ in error.failures.values()]
-        free = shutil.disk_usage(folder).free / 2**30
-        raise AlarmError(
-            f"{folder} could not be written: {said[0] if said else 'the first rank says why'} "
-            f"({free:.1f} GiB are free there); mend that and start again"
-        ) from error
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """`AlarmError` if the operating system refuses, here or to one of the writers."""
+        try:
+            with on_disk(self._folder):
+                yield
+        except CheckpointException as error:
+            # On all ranks; only the first knows what has happened.
+            said = self._gather([_line(failure) for failure, _ in error.failures.values()])[0]
+            free = shutil.disk_usage(self._folder).free / 2**30
+            raise AlarmError(
+                f"{self._folder} could not be written: {'; '.join(said)} ({free:.1f} GiB are free "
+                "there); mend that and start again"
+            ) from error
 
 
 def load_checkpoint(learner: MegatronLearner, folder: Path) -> None:

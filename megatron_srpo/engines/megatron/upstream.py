@@ -1,9 +1,12 @@
 """Faults of Megatron-Core 0.16.1 that have nothing to do with CUDA, and the way around each.
 
-What the writers of a checkpoint, which are forked, tell their rank travels through a process that
-is spawned by each rank for it (strategies/filesystem_async.py): it imports torch and the main module
-again (seconds in the first save, 275 MB a rank), and where the rank is killed it stays for ever.
--> `Results`
+The writers of a checkpoint, which are forked (strategies/filesystem_async.py):
+
+1. What they tell their rank travels through a process that each rank spawns for it. It imports torch
+   and the main module again (seconds in the first save, 275 MB a rank), and where the rank is killed
+   it stays for ever.   -> `Results`
+2. Where the rank is killed they write on: the same command, at once, finds somebody at work.
+   -> `forked_end_with_this`
 
 The distributed optimizer over torch's own AdamW, which is what Megatron takes where neither
 Transformer Engine nor Apex is installed, GPU or not, checkpointed as `fully_reshardable`
@@ -28,10 +31,13 @@ has mended it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import pickle
 import queue
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +123,31 @@ class Results:
         if not content:
             raise queue.Empty
         return pickle.loads(content)
+
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+_forked_end_with_parent = False
+
+
+@contextlib.contextmanager
+def forked_end_with_this() -> Iterator[None]:
+    """What is forked meanwhile by this thread, and what that forks, is killed when its parent is
+    gone."""
+    global _forked_end_with_parent
+    _forked_end_with_parent = True
+    try:
+        yield
+    finally:
+        _forked_end_with_parent = False
+
+
+def _end_with_parent() -> None:
+    if _forked_end_with_parent:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_end_with_parent)
 
 
 def install_results() -> None:

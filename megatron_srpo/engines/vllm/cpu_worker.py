@@ -21,7 +21,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-
 SHARED_MEMORY = Path("/dev/shm")
 
 
