@@ -145,8 +145,9 @@ class Telemetry:
         return writer
 
     def log(self, step: int, metrics: Mapping[str, float], summary: str) -> None:
-        """One line of metrics.jsonl; `summary` is what the terminal shows of it. `AlarmError` if the
-        disk refuses the line."""
+        """One line of metrics.jsonl; `summary` is what the terminal shows of it.
+
+        Raises `AlarmError` if the disk refuses the line."""
         if self._folder is None:
             return
         # Before any checkpoint of what is behind this step: no crash leaves a gap.

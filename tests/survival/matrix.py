@@ -270,13 +270,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, help="a folder that stays")
     arguments = parser.parse_args()
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         found, seconds = run_matrix(work, arguments.layouts, arguments.kills, arguments.seed)
     report = {
         "command": f"python -m tests.survival.matrix --kills {arguments.kills} "
         f"--seed {arguments.seed}",
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "commit": commit,
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "seconds": round(seconds),
         **summary(found),

@@ -140,13 +140,19 @@ def test_what_a_run_cannot_write_is_an_alarm_that_names_the_file(tmp_path: Path,
 
 
 def test_what_came_from_another_process_and_what_a_folder_refused_are_alarms_too(tmp_path: Path):
-    with pytest.raises(AlarmError, match="out could not be written: the disk is full; mend that"):
-        with on_disk(tmp_path / "out"):
-            raise RuntimeError("Worker failure: [Errno 28] No space left on device")
-    with pytest.raises(AlarmError, match="out could not be written: a file may not grow"):
-        with on_disk(tmp_path / "out"), files_up_to(50_000):
-            with staged_folder(tmp_path / "out") as partial:
-                write_plainly(partial)
+    out = tmp_path / "out"
+    with (
+        pytest.raises(AlarmError, match="out could not be written: the disk is full"),
+        on_disk(out),
+    ):
+        raise RuntimeError("Worker failure: [Errno 28] No space left on device")
+    with (
+        pytest.raises(AlarmError, match="out could not be written: a file may not grow"),
+        on_disk(out),
+        files_up_to(50_000),
+        staged_folder(out) as partial,
+    ):
+        write_plainly(partial)
     with pytest.raises(RuntimeError, match="odd"), on_disk(tmp_path):
         raise RuntimeError("odd")
 

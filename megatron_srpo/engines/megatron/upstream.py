@@ -2,9 +2,9 @@
 
 The writers of a checkpoint, which are forked (strategies/filesystem_async.py):
 
-1. What they tell their rank travels through a process that each rank spawns for it. It imports torch
-   and the main module again (seconds in the first save, 275 MB a rank), and where the rank is killed
-   it stays for ever.   -> `Results`
+1. What they tell their rank travels through a process that each rank spawns for it. It imports
+   torch and the main module again (seconds in the first save, 275 MB a rank), and where the rank is
+   killed it stays for ever.   -> `Results`
 2. Where the rank is killed they write on: the same command, at once, finds somebody at work.
    -> `forked_end_with_this`
 
@@ -38,6 +38,7 @@ import pickle
 import queue
 import signal
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -127,23 +128,22 @@ class Results:
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
-_forked_end_with_parent = False
+_forked_end_with_parent = ContextVar("forked_end_with_parent", default=False)
 
 
 @contextlib.contextmanager
 def forked_end_with_this() -> Iterator[None]:
     """What is forked meanwhile by this thread, and what that forks, is killed when its parent is
     gone."""
-    global _forked_end_with_parent
-    _forked_end_with_parent = True
+    token = _forked_end_with_parent.set(True)
     try:
         yield
     finally:
-        _forked_end_with_parent = False
+        _forked_end_with_parent.reset(token)
 
 
 def _end_with_parent() -> None:
-    if _forked_end_with_parent:
+    if _forked_end_with_parent.get():
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

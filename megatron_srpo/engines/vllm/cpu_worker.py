@@ -2,8 +2,8 @@
 
 - Under `external_launcher` vLLM 0.32 names the processes' shared memory after the group's ranks
   alone: two runs on a machine ask for the same names, and what a killed run left behind fails the
-  next one ("create shm in SHMManager failed. errno: 17"). Under names of its own a killed run leaves
-  its memory taken.
+  next one ("create shm in SHMManager failed. errno: 17"). Under a name of its own a killed run
+  would leave its memory taken for ever: the name goes when all have opened it.
 - Experts are packed for the CPU when they are loaded first, and no more when they are loaded again
   (unquantized_fused_moe_method.py: a kernel that exists is kept for the sake of CUDA graphs): after
   a weight sync their outputs are wrong, without an error.
