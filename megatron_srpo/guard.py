@@ -109,8 +109,10 @@ class Guard:
             self._share(self._heard)
             if self._rank == 0:
                 self._wait_until_all_know()
-        if self._heard is not None and self._heard.rank != self._rank:
-            self._end(f"ends because of {self._heard}", self._heard.code)
+        # All ranks may have found the same alarm: each says it.
+        first = None if isinstance(error, AlarmError) else self._heard
+        if first is not None and first.rank != self._rank:
+            self._end(f"ends because of {first}", first.code)
 
     def _listen(self) -> None:
         try:

@@ -1,8 +1,8 @@
 """A disk that refuses from a certain moment on: it is full, or a folder can only be read.
 
 For `Attempt`: called in a rank before its work. No file of this process, or of those that it
-forks, can grow beyond a page any more (an OSError, as on a full disk: Python ignores the signal), or
-no file can be made in a folder, also by root, who gives the right to do so away.
+forks, can grow beyond a page any more (an OSError, as on a full disk: Python ignores the signal),
+or no file can be made in a folder, also by root, who gives the right to do so away.
 """
 
 from __future__ import annotations

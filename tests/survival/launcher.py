@@ -11,12 +11,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.pool import _free_port
+from tests.parallel.pool import _free_port, forked
 from tests.survival.board import Board
 
 PATIENCE_S = 3.0
@@ -36,8 +35,7 @@ class Attempt:
         prepare: Callable[[int], None] | None = None,
     ) -> None:
         """`folder` is for what the ranks say and show."""
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.survival.preloaded"])
+        context = forked()
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._number = folder, number
         self.board = Board(folder / f"{number:03d}.board")

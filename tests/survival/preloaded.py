@@ -20,6 +20,7 @@ import vllm.model_executor.models.qwen2  # noqa: E402, F401
 import megatron_srpo.__main__  # noqa: E402
 import megatron_srpo.engines.vllm.cpu_worker  # noqa: E402
 import megatron_srpo.train  # noqa: E402, F401
+import tests.parallel.jobs  # noqa: E402
 import tests.survival.victim  # noqa: E402, F401
 
 gc.collect()
