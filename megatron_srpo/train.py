@@ -81,9 +81,7 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
             with run.stopwatch.phase("checkpoint"):
                 save(run, folder)
             seconds = time.monotonic() - guard.asked_at
-            telemetry.say(
-                f"stopped by {guard.asked_by}, saved after {seconds:.1f} s; the same command goes on"
-            )
+            telemetry.say(f"stopped by {guard.asked_by}, saved after {seconds:.1f} s")
             return False
         run.checkpoints.finish()
         if mesh.rank == 0:
