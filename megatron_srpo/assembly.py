@@ -42,6 +42,7 @@ class Run:
     mesh: Mesh
     data: PromptSource
     collect: Collect
+    reward: LeaderReward
     credit: CreditRule
     auxiliary: Callable[[int], list[Sample]]
     """step -> samples of losses beside the policy loss"""
@@ -66,10 +67,11 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
     stopwatch = Stopwatch()
     learner = build_learner(cfg, mesh)
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
+    reward = LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh)
     roles = Roles(
         generator=TimedGenerator(engine, stopwatch),
         tokenizer=inputs.tokenizer,
-        reward=LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh),
+        reward=reward,
         rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
     replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
@@ -85,6 +87,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         mesh=mesh,
         data=data,
         collect=collect,
+        reward=reward,
         credit=inputs.credit,
         auxiliary=auxiliary_samples(cfg, inputs, replica),
         record=journal.write if mesh.is_leader else _record_nothing,

@@ -20,7 +20,7 @@ from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import Attempt, attempt_sums, evaluate, pass_at
 from megatron_srpo.inputs import EvalInputs
 from megatron_srpo.metrics import combine
-from megatron_srpo.replica import LeaderReward
+from megatron_srpo.replica import MOST_LINES, LeaderReward
 
 
 def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> None:
@@ -46,6 +46,9 @@ def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> 
         if out is not None:
             _write(attempts, out)
         metrics = _metrics(attempts, cfg)
+        failed = {a.prompt_id: a.score.failure for a in attempts if a.score.failure is not None}
+        for prompt_id, failure in [*failed.items()][:MOST_LINES]:
+            print(f"the reward of prompt {prompt_id!r} failed: {failure}", file=sys.stderr)
         print(summary(metrics, cfg, num_dropped=len(inputs.dropped)), file=sys.stderr)
         print(json.dumps({"model": str(cfg.model), **metrics}))
 

@@ -64,6 +64,7 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs) -> None:
                 run.weight_sync(version=progress.step)
         run.stopwatch.take()  # the first step does not pay for building the engines
         loop(run, telemetry)
+        run.reward.tell_failures()
         run.checkpoints.finish()
         save_hf(folder.hf, run.learner, mesh, like=cfg.model)
         telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
@@ -118,7 +119,8 @@ def meant(stats: dict[str, float], cfg: Config) -> dict[str, float]:
 
 
 def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
-    """All replicas' rollouts, and this process's time and memory."""
+    """All replicas' rollouts, and this process's time and memory. The log names failed rewards."""
+    run.reward.tell_failures()
     sums = rollout_sums(groups, run.cfg) | evaluated
     metrics = of_replicas(sums, run.mesh)
     seconds = run.stopwatch.take()

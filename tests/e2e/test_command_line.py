@@ -166,9 +166,12 @@ def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
 
 
 PARITY = """
+import os
 from megatron_srpo.types import Score
 
 def parity(prompt, response):
+    if response.startswith("77"):
+        os._exit(7)
     is_odd = sum(map(int, filter(str.isdigit, response))) % 2 == 1
     failure = "ends with a seven" if response.endswith("7") else None
     return Score(value=float(is_odd), correct=is_odd, failure=failure)
