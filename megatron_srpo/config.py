@@ -310,7 +310,10 @@ class Config(Section):
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
     reward: str = "boxed"
     """last_line, boxed: where the response's answer stands, to be compared with `answer` as text;
-    or your own reward, FILE.py:FUNCTION."""
+    or your own reward, FILE.py:FUNCTION, which runs in a process of its own."""
+    reward_timeout_s: Positive = 60.0
+    """For one response, in seconds. A reward of yours that takes longer, or whose process dies, is
+    asked once more; then the response has no verdict."""
     data: DataConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     thoughts: ThoughtConfig = ThoughtConfig()

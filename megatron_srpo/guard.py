@@ -29,6 +29,7 @@ from torch.distributed import DistError
 
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.preflight import node_name
 from megatron_srpo.stopping import Point, Position, first_unpassed
 from megatron_srpo.types import AlarmError, InputError
 from megatron_srpo.watchdog import Watchdog, stacks
@@ -162,9 +163,7 @@ class Guard:
 
     def _report(self, reason: str, code: int, *, hangs: bool = False) -> Trouble:
         """The first trouble counts: which that is."""
-        own = Trouble(
-            rank=self._rank, node=socket.gethostname(), reason=reason, code=code, hangs=hangs
-        )
+        own = Trouble(rank=self._rank, node=node_name(), reason=reason, code=code, hangs=hangs)
         first = self._store.compare_set("trouble", "", json.dumps(asdict(own)))
         return Trouble(**json.loads(first))
 

@@ -63,7 +63,7 @@ class Telemetry:
         first_step: int = 0,
     ) -> None:
         """`first_step` is above 0 where an earlier process has done the steps before it."""
-        self._first_step = first_step
+        self._first_step = self._step = first_step
         self._folder, self._cfg, self._name = folder, cfg, name
         self._num_steps, self._stopwatch = num_steps, stopwatch
         self._began = time.perf_counter()
@@ -132,6 +132,7 @@ class Telemetry:
 
     def log(self, step: int, metrics: Mapping[str, float], summary: str) -> None:
         """One line of metrics.jsonl; `summary` is what the terminal shows of it."""
+        self._step = step + 1
         if self._folder is None:
             return
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -166,7 +167,9 @@ class Telemetry:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
+        if error is not None:
+            error.add_note(f"{self._name}: in step {self._step} of {self._num_steps}, from 0")
         if self._folder is not None and error is not None:
-            self._log.write(f"stopped: {error}\n")
+            self._log.write(f"stopped in step {self._step}: {error}\n")
             self._log.writelines(traceback.format_exception(error))
         self._exits.close()
