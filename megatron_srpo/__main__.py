@@ -1,4 +1,4 @@
-"""`megatron-srpo train | sft | eval | convert`: the command line.
+"""`megatron-srpo train | sft | eval | submit | convert`: the command line.
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Exit codes: 0 done; 1 it broke (a traceback says how); 2 what the user gave is wrong; 3 the run
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if is_conversion:
             _convert(arguments)
+        elif arguments.command == "submit":
+            _submit(arguments, [*arguments.overrides, *rest])
         else:
             _run(arguments, load_config(arguments.config, [*arguments.overrides, *rest]))
     except InputError as error:
@@ -70,6 +72,20 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> None:
         train(cfg, inputs, replay=arguments.replay)
 
 
+def _submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    cfg = load_config(arguments.config, overrides)
+    from megatron_srpo.submit import submit
+
+    submit(
+        cfg,
+        [str(arguments.config), *overrides],
+        command="eval" if arguments.eval else "train",
+        num_nodes=arguments.nodes,
+        num_jobs=arguments.chain,
+        is_dry=arguments.dry_run,
+    )
+
+
 def _convert(arguments: argparse.Namespace) -> None:
     from megatron_srpo.convert import Layout, convert
 
@@ -92,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a policy with GRPO, RRPO or SRPO"),
         ("sft", "warm-start a policy from demonstrations"),
         ("eval", "measure a policy's pass@k on held-out problems"),
+        ("submit", "check a run, and hand it to Slurm"),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("config", type=Path, help="YAML file")
@@ -104,8 +121,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--out", type=Path, metavar="FILE.jsonl", help="write every response to a new file"
             )
+        if name == "submit":
+            _add_submission(command)
     _add_conversion(commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoint"))
     return parser
+
+
+def _add_submission(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--eval", action="store_true", help="evaluate instead of train")
+    command.add_argument("--nodes", type=_size, default=1)
+    command.add_argument(
+        "--chain", type=_size, default=1, metavar="JOBS", help="so many, one after the other"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:
@@ -123,7 +151,7 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
 
 def _size(word: str) -> int:
     if not word.isdigit() or not int(word):
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of processes")
+        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
     return int(word)
 
 

@@ -20,7 +20,8 @@ LEVELS = (
     "checkpoint_folder checkpoint_store",
     "engines",
     "claim journal weight_sync colocation telemetry evaluate evaluate_model exchange replica "
-    "export inputs sft assembly train checkpoints resume convert verify",
+    "export inputs sft assembly train checkpoints resume convert verify "
+    "submit",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -1,0 +1,240 @@
+"""What the batch scripts make of each way in which a job can stop, against a real Slurm.
+
+A stand-in is the program: 2 nodes x 2 tasks. All jobs run side by side: nearly all of their time is
+Slurm's own waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_for
+
+ROOT = Path(__file__).parents[2]
+RANKS = range(4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One job of the stand-in, in a folder of its own; names have spaces wherever they may."""
+
+    cluster: Cluster
+    folder: Path
+    number: str
+
+    def lines(self, name: str, rank: int) -> list[str]:
+        path = self.folder / "run" / f"{name}-{rank}"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for_step(self, step: int, *, attempt: int = 0) -> None:
+        line = f"{attempt} {step}"
+        for rank in RANKS:
+            wait_for(f"{self.folder.name}: {line}", lambda r=rank: line in self.lines("steps", r))
+
+    def finish(self, *, seconds: float = 60) -> Outcome:
+        record = self.cluster.finish(self.number, seconds=seconds)
+        return Outcome(job=self, state=record["JobState"], exit_code=record["ExitCode"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    job: Job
+    state: str
+    exit_code: str
+    """CODE:SIGNAL of the batch script."""
+
+    @property
+    def steps(self) -> list[list[int]]:
+        """Of each rank, in order; one that was done twice is there twice."""
+        return [[int(line.split()[1]) for line in self.job.lines("steps", r)] for r in RANKS]
+
+    @property
+    def attempts(self) -> int:
+        return len({line.split()[0] for line in self.job.lines("steps", 0)})
+
+    @property
+    def signals(self) -> list[list[str]]:
+        return [self.job.lines("signals", rank) for rank in RANKS]
+
+    @property
+    def said(self) -> str:
+        (log,) = self.job.folder.glob("*.log")
+        return log.read_text()
+
+    def check(self, *, state: str, exit_code: str, attempts: int) -> None:
+        found = (self.state, self.exit_code, self.attempts)
+        assert found == (state, exit_code, attempts), self.said
+
+    def check_whole(self, *, steps: int, attempts: int) -> None:
+        """Done, each step on each rank exactly once."""
+        self.check(state="COMPLETED", exit_code="0:0", attempts=attempts)
+        assert self.steps == [list(range(steps))] * len(RANKS), self.said
+
+
+def write_site(folder: Path, more: str = "") -> Path:
+    site = folder / "my site.sh"
+    program = f'MEGATRON_SRPO=("{sys.executable}" "{Path(__file__).with_name("stand_in.py")}")'
+    site.write_text(f"TASKS_PER_NODE=2\n{program}\n{more}\n")
+    return site
+
+
+def begin(
+    cluster: Cluster, folder: Path, *words: str, site: str = "", options: tuple[str, ...] = ()
+) -> Job:
+    folder.mkdir()
+    shutil.copytree(ROOT / "slurm", folder / "slurm here", ignore=shutil.ignore_patterns("site.sh"))
+    work = folder / "my work"
+    work.mkdir()
+    number = cluster.submit(
+        "-N2", "--exclusive", "-J", folder.name, *options, "../slurm here/train.sbatch", work / "c d.yaml", *words,
+        folder=work, MEGATRON_SRPO_SITE=str(write_site(folder, site)),
+    )  # fmt: skip
+    return Job(cluster=cluster, folder=work, number=number)
+
+
+# --- what is done to each job --------------------------------------------------------------------
+
+
+def undisturbed(cluster: Cluster, folder: Path) -> Outcome:
+    return begin(cluster, folder, "eval.pass_at=[1,2]", "reward=a b.py:*", "steps=10").finish()
+
+
+def asked_to_stop(cluster: Cluster, folder: Path) -> Outcome:
+    job = begin(cluster, folder, "steps=30")
+    job.wait_for_step(11)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)  # as Slurm before a time limit
+    return job.finish()
+
+
+def requeued(cluster: Cluster, folder: Path) -> Outcome:
+    job = begin(cluster, folder, "steps=30")
+    job.wait_for_step(11)
+    cluster.ask("scontrol", "requeue", job.number)
+    return job.finish()
+
+
+def preempted(cluster: Cluster, folder: Path) -> Outcome:
+    nodes = ",".join(cluster.nodes[-2:])
+    job = begin(cluster, folder, "steps=30", options=("-w", nodes))
+    job.wait_for_step(11)
+    urgent = begin(cluster, folder / "urgent", "steps=3", options=("-p", "urgent", "-w", nodes))
+    urgent.finish().check_whole(steps=3, attempts=1)
+    return job.finish()
+
+
+def cancelled(cluster: Cluster, folder: Path) -> Outcome:
+    job = begin(cluster, folder, "steps=1000")
+    job.wait_for_step(3)
+    cluster.ask("scancel", job.number)
+    outcome = job.finish()
+    # It has not ended while its script could still requeue it.
+    wait_for("the script's end", lambda: "Slurm itself" in outcome.said)
+    return job.finish()
+
+
+def broken_once(cluster: Cluster, folder: Path) -> Outcome:
+    return begin(cluster, folder, "steps=30", "end=3:10:0:1").finish()
+
+
+def broken_always(cluster: Cluster, folder: Path) -> Outcome:
+    return begin(cluster, folder, "end=1:*:*:1", site="MAX_RESTARTS=1").finish()
+
+
+def refusing(cluster: Cluster, folder: Path) -> Outcome:
+    return begin(cluster, folder, "end=[0-3]:1:*:2").finish()
+
+
+def alarmed(cluster: Cluster, folder: Path) -> Outcome:
+    return begin(cluster, folder, "steps=30", "end=2:4:*:3").finish()
+
+
+SCENARIOS = (
+    preempted, broken_always, asked_to_stop, requeued, broken_once, alarmed, refusing, undisturbed,
+    cancelled,
+)  # fmt: skip
+Scenario = Callable[[Cluster, Path], Outcome]
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Scenario, Future[Outcome]]]:
+    folder = tmp_path_factory.mktemp("jobs")
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {play: pool.submit(play, cluster, folder / play.__name__) for play in SCENARIOS}
+
+
+Outcomes = dict[Scenario, Future[Outcome]]
+
+
+# --- what has become of it -----------------------------------------------------------------------
+
+
+def test_a_job_starts_a_task_per_gpu_with_the_words_of_its_command_line(outcomes: Outcomes) -> None:
+    outcome = outcomes[undisturbed].result()
+    outcome.check_whole(steps=10, attempts=1)
+    starts = [json.loads(line) for rank in RANKS for line in outcome.job.lines("starts", rank)]
+    config = str(outcome.job.folder / "c d.yaml")
+    words = ["train", config, "eval.pass_at=[1,2]", "reward=a b.py:*", "steps=10"]
+    assert [start["argv"] for start in starts] == [words] * 4
+    assert [start["cwd"] for start in starts] == [str(outcome.job.folder)] * 4
+    places = [(start["RANK"], start["LOCAL_RANK"], start["WORLD_SIZE"]) for start in starts]
+    assert places == [("0", "0", "4"), ("1", "1", "4"), ("2", "0", "4"), ("3", "1", "4")]
+    meetings = {(start["MASTER_ADDR"], start["MASTER_PORT"]) for start in starts}
+    assert meetings == {("127.0.0.1", str(20000 + int(outcome.job.number) % 10000))}
+
+
+def test_each_attempt_leaves_a_log_per_node_whose_lines_name_their_task(outcomes: Outcomes) -> None:
+    outcome = outcomes[broken_once].result()
+    (logs,) = outcome.job.folder.glob(f"logs/broken_once-{outcome.job.number}")
+    first, second = sorted(logs.iterdir())
+    assert (first.name, second.name) == ("attempt-0", "attempt-1")
+    nodes = sorted(second.glob("*.log"))
+    lines = [sorted(node.read_text().splitlines()) for node in nodes]
+    assert lines == [["0: done", "1: done"], ["2: done", "3: done"]]
+    assert sum("3: ends with 1" in node.read_text() for node in first.glob("*.log")) == 1
+
+
+@pytest.mark.parametrize(
+    ("play", "signal"), [(asked_to_stop, "SIGUSR1"), (requeued, "SIGTERM"), (preempted, "SIGTERM")]
+)
+def test_a_stopped_job_goes_on_where_it_was(outcomes: Outcomes, play: Scenario, signal: str):
+    outcome = outcomes[play].result()
+    outcome.check_whole(steps=30, attempts=2)
+    # One signal: at a second one the program leaves without saving.
+    assert outcome.signals == [[f"0 {signal}"]] * 4
+
+
+def test_a_cancelled_job_stays_cancelled(outcomes: Outcomes) -> None:
+    outcome = outcomes[cancelled].result()
+    assert outcome.state == "CANCELLED" and outcome.attempts == 1, outcome.said
+
+
+def test_a_rank_that_breaks_ends_the_others_and_the_job_is_started_again(outcomes: Outcomes) -> None:
+    outcome = outcomes[broken_once].result()
+    outcome.check_whole(steps=30, attempts=2)
+    assert "the cause is 1" in outcome.said
+
+
+def test_a_job_that_breaks_each_time_ends_at_its_last_restart(outcomes: Outcomes) -> None:
+    outcome = outcomes[broken_always].result()
+    outcome.check(state="FAILED", exit_code="1:0", attempts=2)
+    assert outcome.said.count("is not requeued: it was restarted 1 times (MAX_RESTARTS)") == 1
+
+
+@pytest.mark.parametrize(("play", "code", "speakers"), [(refusing, 2, 4), (alarmed, 3, 1)])
+def test_what_would_end_the_same_is_not_started_again(
+    outcomes: Outcomes, play: Scenario, code: int, speakers: int
+) -> None:
+    outcome = outcomes[play].result()
+    outcome.check(state="FAILED", exit_code=f"{code}:0", attempts=1)
+    logs = "".join(path.read_text() for path in outcome.job.folder.glob("logs/*/attempt-0/*.log"))
+    assert logs.count(f"ends with {code}") == speakers  # none was killed before it could say it
