@@ -20,6 +20,7 @@ from tests.slurm.cluster import Cluster, wait_for
 
 ROOT = Path(__file__).parents[2]
 RANKS = range(4)
+PROGRAM = f'"{sys.executable}" "{Path(__file__).with_name("stand_in.py")}"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,25 +80,33 @@ class Outcome:
         assert self.steps == [list(range(steps))] * len(RANKS), self.said
 
 
-def write_site(folder: Path, more: str = "") -> Path:
-    site = folder / "my site.sh"
-    program = f'MEGATRON_SRPO=("{sys.executable}" "{Path(__file__).with_name("stand_in.py")}")'
-    site.write_text(f"TASKS_PER_NODE=2\n{program}\n{more}\n")
-    return site
-
-
 def begin(
-    cluster: Cluster, folder: Path, *words: str, site: str = "", options: tuple[str, ...] = ()
+    cluster: Cluster,
+    folder: Path,
+    *words: str,
+    site: str | None = "",
+    options: tuple[str, ...] = (),
+    script: str = "train.sbatch",
 ) -> Job:
-    folder.mkdir()
-    shutil.copytree(ROOT / "slurm", folder / "slurm here", ignore=shutil.ignore_patterns("site.sh"))
-    work = folder / "my work"
+    """`site`: lines for the site file; None: there is none."""
+    scripts, work = folder / "slurm here", folder / "my work"
+    shutil.copytree(ROOT / "slurm", scripts, ignore=shutil.ignore_patterns("site.sh"))
     work.mkdir()
-    number = cluster.submit(
-        "-N2", "--exclusive", "-J", folder.name, *options, "../slurm here/train.sbatch", work / "c d.yaml", *words,
-        folder=work, MEGATRON_SRPO_SITE=str(write_site(folder, site)),
-    )  # fmt: skip
+    if site is not None:
+        (scripts / "site.sh").write_text(f"TASKS_PER_NODE=2\nMEGATRON_SRPO=({PROGRAM})\n{site}\n")
+    own = ("-N2", "--exclusive", "-J", folder.name)
+    words = (*options, f"../slurm here/{script}", str(work / "c d.yaml"), *words)
+    number = cluster.submit(*own, *words, folder=work)
     return Job(cluster=cluster, folder=work, number=number)
+
+
+def put_on_path(folder: Path, name: str, program: str) -> str:
+    """A bash program of that name, found before others; returns the line for the site file."""
+    path = folder / "bin" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/bash\n{program}")
+    path.chmod(0o755)
+    return f'PATH="{path.parent}:$PATH"'
 
 
 # --- what is done to each job --------------------------------------------------------------------
@@ -156,9 +165,43 @@ def alarmed(cluster: Cluster, folder: Path) -> Outcome:
     return begin(cluster, folder, "steps=30", "end=2:4:*:3").finish()
 
 
+def without_site(cluster: Cluster, folder: Path) -> Outcome:
+    return begin(cluster, folder, site=None).finish()
+
+
+def evaluating(cluster: Cluster, folder: Path) -> Outcome:
+    return begin(cluster, folder, script="eval.sbatch").finish()
+
+
+# Stand-ins for the two, which are not installed: they note their own words and leave them out.
+APPTAINER = """
+printf '%s\\n' "${@:1:7}" >>container
+exec "${@:8}"
+"""
+PYXIS = """
+words=()
+for word; do
+    if [[ $word == --*container-* ]]; then echo "$word" >>container; else words+=("$word"); fi
+done
+exec /usr/bin/srun "${words[@]}"
+"""
+
+
+def in_apptainer(cluster: Cluster, folder: Path) -> Outcome:
+    path = put_on_path(folder, "apptainer", APPTAINER)
+    site = f"CONTAINER='apptainer:/my images/a.sif'\nMOUNTS=/from:/to\n{path}"
+    return begin(cluster, folder, "reward=a b", site=site).finish()
+
+
+def in_pyxis(cluster: Cluster, folder: Path) -> Outcome:
+    path = put_on_path(folder, "srun", PYXIS)
+    site = f"CONTAINER='pyxis:/my images/a.sqsh'\n{path}"
+    return begin(cluster, folder, "reward=a b", site=site).finish()
+
+
 SCENARIOS = (
     preempted, broken_always, asked_to_stop, requeued, broken_once, alarmed, refusing, undisturbed,
-    cancelled,
+    cancelled, without_site, evaluating, in_apptainer, in_pyxis,
 )  # fmt: skip
 Scenario = Callable[[Cluster, Path], Outcome]
 
@@ -238,3 +281,34 @@ def test_what_would_end_the_same_is_not_started_again(
     outcome.check(state="FAILED", exit_code=f"{code}:0", attempts=1)
     logs = "".join(path.read_text() for path in outcome.job.folder.glob("logs/*/attempt-0/*.log"))
     assert logs.count(f"ends with {code}") == speakers  # none was killed before it could say it
+
+
+def test_a_job_without_a_site_file_says_what_to_copy_where(outcomes: Outcomes) -> None:
+    outcome = outcomes[without_site].result()
+    outcome.check(state="FAILED", exit_code="2:0", attempts=0)
+    scripts = outcome.job.folder.parent / "slurm here"
+    said = f"{scripts}/site.sh: no such file; copy {scripts}/site.example.sh there and edit it\n"
+    assert outcome.said.endswith(said)
+
+
+def test_an_evaluation_is_started_in_the_same_way(outcomes: Outcomes) -> None:
+    outcome = outcomes[evaluating].result()
+    outcome.check_whole(steps=10, attempts=1)
+    assert json.loads(outcome.job.lines("starts", 3)[0])["argv"][0] == "eval"
+
+
+@pytest.mark.parametrize("play", [in_apptainer, in_pyxis])
+def test_one_variable_puts_the_program_into_a_container(outcomes: Outcomes, play: Scenario) -> None:
+    outcome = outcomes[play].result()
+    outcome.check_whole(steps=10, attempts=1)
+    work, scripts = outcome.job.folder, outcome.job.folder.parent / "slurm here"
+    mounts = f"{work}:{work},{scripts}:{scripts}"
+    apptainer = ["exec", "--nv", "--bind", f"{mounts},/from:/to", "--pwd", f"{work}"]
+    pyxis = [f"--container-mounts={mounts}", f"--container-workdir={work}"]
+    expected = {
+        in_apptainer: [*apptainer, "/my images/a.sif"] * len(RANKS),
+        in_pyxis: ["--container-image=/my images/a.sqsh", *pyxis, "--no-container-mount-home"],
+    }
+    assert sorted((work / "container").read_text().splitlines()) == sorted(expected[play])
+    starts = [json.loads(line) for line in outcome.job.lines("starts", 0)]
+    assert [start["argv"] for start in starts] == [["train", f"{work}/c d.yaml", "reward=a b"]]
