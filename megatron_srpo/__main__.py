@@ -2,7 +2,7 @@
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Exit codes: 0 done; 1 it broke (a traceback says how); 2 what the user gave is wrong; 3 the run
-stopped itself (an alarm): started again it would do the same.
+stopped itself (an alarm): started again it would do the same; 75 it was asked to stop, and saved.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from megatron_srpo.config_file import load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 from megatron_srpo.types import AlarmError, InputError
 
+STOPPED = 75
+"""sysexits.h's word for "try again later"."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
@@ -27,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     is_conversion = arguments.command == "convert"
     if unknown := [word for word in rest if is_conversion or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    started_with = dict(os.environ)
     set_environment()
     # Libraries' warnings go to the run's log, not between the lines of a terminal.
     logging.captureWarnings(True)
@@ -35,18 +39,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if is_conversion:
             _convert(arguments)
-        elif arguments.command == "submit":
-            _submit(arguments, [*arguments.overrides, *rest])
-        else:
-            _run(arguments, load_config(arguments.config, [*arguments.overrides, *rest]))
+            return 0
+        overrides = [*arguments.overrides, *rest]
+        cfg = load_config(arguments.config, overrides)
+        if arguments.command == "submit":
+            _submit(arguments, cfg, overrides, started_with)
+            return 0
+        return _run(arguments, cfg)
     except InputError as error:
         return _stop(error, code=2)
     except AlarmError as error:
         return _stop(error, code=3)
-    return 0
 
 
-def _run(arguments: argparse.Namespace, cfg: Config) -> None:
+def _run(arguments: argparse.Namespace, cfg: Config) -> int:
     """Imports step by step: what the user gave is checked before the engines' long imports."""
     num_processes = int(os.environ["WORLD_SIZE"])
     if arguments.command == "sft":
@@ -67,13 +73,25 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> None:
         from megatron_srpo.inputs import read_inputs
 
         inputs = read_inputs(cfg, num_processes=num_processes, replay=arguments.replay)
+        if inputs.progress.is_finished:
+            print(
+                f"run_dir={cfg.run_dir}: this run is finished; for another one name a new folder "
+                "(run_dir=PATH) or remove this one",
+                file=sys.stderr,
+            )
+            return 0
         from megatron_srpo.train import train
 
-        train(cfg, inputs, replay=arguments.replay)
+        if not train(cfg, inputs, replay=arguments.replay):
+            return STOPPED
+    return 0
 
 
-def _submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    cfg = load_config(arguments.config, overrides)
+def _submit(
+    arguments: argparse.Namespace, cfg: Config, overrides: list[str], environment: dict[str, str]
+) -> None:
+    """`environment`: the user's, which sbatch hands on to the job; not what this process made of
+    it, for this machine."""
     from megatron_srpo.submit import submit
 
     submit(
@@ -83,6 +101,7 @@ def _submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
         num_nodes=arguments.nodes,
         num_jobs=arguments.chain,
         is_dry=arguments.dry_run,
+        environment=environment,
     )
 
 

@@ -21,6 +21,7 @@ from megatron_srpo.evaluate import attempt_sums, evaluate
 from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay, Resumed
+from megatron_srpo.kept import KeepingGenerator, read_kept
 from megatron_srpo.metrics import Sums
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
@@ -29,6 +30,7 @@ from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
+from megatron_srpo.stopping import StopPoints
 from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
 from megatron_srpo.types import Batch, Group, Prompt, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
@@ -51,6 +53,8 @@ class Run:
     """Samples of all replicas -> this process's batch; collective."""
     learner: Learner
     engine: VllmGenerator
+    completions: KeepingGenerator
+    """Of the engine's present weights."""
     weight_sync: WeightSync
     evaluate: Callable[[], Sums]
     gpu: Colocation
@@ -61,13 +65,14 @@ class Run:
     checkpoints: Checkpoints
 
 
-def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Run:
+def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: Colocation) -> Run:
     """Collective: every rank builds its shard of both engines."""
-    stopwatch = Stopwatch()
-    learner = build_learner(cfg, mesh)
-    engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
+    points, stopwatch = gpu.points, gpu.stopwatch
+    learner = build_learner(cfg, mesh, points)
+    engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype, before_step=points.step)
+    completions = KeepingGenerator(engine=engine, known=read_kept(RunFolder(cfg.run_dir).kept))
     roles = Roles(
-        generator=TimedGenerator(engine, stopwatch),
+        generator=TimedGenerator(completions, stopwatch),
         tokenizer=inputs.tokenizer,
         reward=LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh),
         rule=LeaderRule(rule=inputs.rule, mesh=mesh),
@@ -96,6 +101,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         ),
         learner=learner,
         engine=engine,
+        completions=completions,
         weight_sync=WeightSync(
             learner=learner,
             engine=engine,
@@ -108,7 +114,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None) -> Ru
         evaluate=partial(
             held_out_sums, inputs.held_out[mesh.replica :: mesh.num_replicas], roles, cfg
         ),
-        gpu=Colocation(stopwatch),
+        gpu=gpu,
         stopwatch=stopwatch,
         first_step=inputs.progress.step,
         replayed=range(cfg.num_steps) if replay else held,
@@ -120,7 +126,7 @@ def _record_nothing(step: int, groups: Sequence[Group]) -> None:
     """The other processes of a replica hold what its leader writes."""
 
 
-def build_learner(cfg: Config, mesh: Mesh) -> MegatronLearner:
+def build_learner(cfg: Config, mesh: Mesh, points: StopPoints) -> MegatronLearner:
     """The policy that is trained, with the weights of `cfg.model`; collective."""
     return MegatronLearner(
         cfg.model,
@@ -130,6 +136,7 @@ def build_learner(cfg: Config, mesh: Mesh) -> MegatronLearner:
         optimizer=cfg.optimizer,
         loss=cfg.loss,
         num_steps=cfg.num_steps,
+        points=points,
     )
 
 

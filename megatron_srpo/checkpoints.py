@@ -46,15 +46,27 @@ class Checkpoints:
         self._writer = CheckpointWriter(learner, asynchronous=cfg.checkpoint.asynchronous)
         self._open: int | None = None
         """The step whose checkpoint is being written."""
+        self._done, self._position = 0, data.state_dict()
+        """Steps done, and where the data stood then."""
+        self._newest = 0
+        """Of all checkpoints; what begins without one needs none."""
 
     def after(self, step: int) -> None:
         """When `step` steps are done. Raises `AlarmError` if a checkpoint cannot be written."""
         every = self._cfg.checkpoint.every
+        self._done, self._position = step, self._data.state_dict()
         self._publish(wait=False)
         if every and (step % every == 0 or step == self._cfg.num_steps):
             self._publish(wait=True)
-            self._begin(step)
+            self._begin()
             self._publish(wait=False)
+
+    def save(self) -> None:
+        """What the last whole step has left, unless it is there; comes back when it is on disk."""
+        self._publish(wait=True)
+        if self._newest < self._done:
+            self._begin()
+            self._publish(wait=True)
 
     def finish(self) -> None:
         """Waits for what is being written."""
@@ -63,11 +75,15 @@ class Checkpoints:
     def load(self, checkpoint: Path) -> None:
         """Learner and data go on from there."""
         load_checkpoint(self._learner, megatron_part(checkpoint))
-        self._data.load_state_dict(RunState.read(checkpoint).data)
+        state = RunState.read(checkpoint)
+        self._data.load_state_dict(state.data)
+        self._done = self._newest = state.step
+        self._position = state.data
 
-    def _begin(self, step: int) -> None:
+    def _begin(self) -> None:
+        step = self._done
         partial = partial_place(self._folder, step)
-        state = RunState(step=step, data=self._data.state_dict(), layout=self._layout())
+        state = RunState(step=step, data=self._position, layout=self._layout())
 
         def prepare() -> None:
             remove(partial)
@@ -94,6 +110,7 @@ class Checkpoints:
             self._tidy()
 
         self._on_first_rank(finish)
+        self._newest = step
 
     def _tidy(self) -> None:
         """After a success: what the rules do not keep goes, and what was never finished."""

@@ -10,17 +10,36 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.stopping import StopPoints
 from megatron_srpo.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
 class Colocation:
     stopwatch: Stopwatch
+    points: StopPoints
     _owner: str | None = field(default=None, init=False)
 
-    def generating(self) -> contextlib.AbstractContextManager[None]:
-        """Time inside the engine is told apart by what it works on (`TimedGenerator`)."""
-        return self._owned("generate")
+    @classmethod
+    def on(cls, mesh: Mesh) -> Colocation:
+        """Of this rank."""
+        points = StopPoints(
+            replica=mesh.replica,
+            num_ranks=mesh.world_size,
+            arrive=lambda name: mesh.store.add(name, 1),
+            arrived=lambda name: mesh.store.add(name, 0),
+        )
+        return cls(Stopwatch(), points)
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Left when all rollout engines are done. Time inside the engine is told apart by what it
+        works on (`TimedGenerator`)."""
+        with self._owned("generate"), self.points.section(is_joint=False):
+            yield
+        with self.stopwatch.phase("wait"):
+            self.points.meet()
 
     def training(self) -> contextlib.AbstractContextManager[None]:
         return self._phase("train")

@@ -257,6 +257,23 @@ class CheckpointConfig(Section):
         return self
 
 
+class DeadlineConfig(Section):
+    """Seconds without a sign of life (a change of phase, an engine step, a micro-batch) after which
+    all ranks show where they are and end."""
+
+    generate_s: Positive = 1800
+    """In the rollout engine."""
+    reward_s: Positive = 1800
+    wait_s: Positive = 14400
+    """For other rollout engines, whose own deadline is `generate_s`."""
+    train_s: Positive = 1800
+    sync_s: Positive = 1800
+    save_s: Positive = 1800
+    """Checkpoints, also the one of a run that was asked to stop, and the journal."""
+    other_s: Positive = 3600
+    """Building the engines, and all that has no name."""
+
+
 class LogConfig(Section):
     wandb: bool = False
     """Offline unless WANDB_API_KEY or WANDB_MODE is set."""
@@ -305,6 +322,7 @@ class Config(Section):
     retention: RetentionConfig = RetentionConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
     log: LogConfig = LogConfig()
     sft: SftConfig | None = None
     """For `megatron-srpo sft`."""

@@ -8,7 +8,6 @@ synced and renamed, the .jsonl last: where it is, the step is whole. Same seed, 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from megatron_srpo.protocols import Collect
+from megatron_srpo.staging import write_durably
 from megatron_srpo.types import Group, InputError, Prompt, Reset, Rollout, Score, Thought
 
 T = TypeVar("T")
@@ -46,15 +46,15 @@ class Journal:
         arrays = BytesIO()
         np.savez(
             arrays,
-            prompt_token_ids=_flat([group.prompt.token_ids for group in groups], np.int32),
+            prompt_token_ids=flat([group.prompt.token_ids for group in groups], np.int32),
             prompt_lengths=np.array([len(group.prompt.token_ids) for group in groups]),
-            token_ids=_flat([rollout.token_ids for rollout in rollouts], np.int32),
-            logprobs=_flat([rollout.logprobs for rollout in rollouts], np.float32),
+            token_ids=flat([rollout.token_ids for rollout in rollouts], np.int32),
+            logprobs=flat([rollout.logprobs for rollout in rollouts], np.float32),
             lengths=np.array([len(rollout.token_ids) for rollout in rollouts]),
         )
         lines = "".join(_line(_row(group)) for group in groups)
-        _write_durably(stem.with_suffix(".npz"), arrays.getvalue())
-        _write_durably(stem.with_suffix(".jsonl"), lines.encode())
+        write_durably(stem.with_suffix(".npz"), arrays.getvalue())
+        write_durably(stem.with_suffix(".jsonl"), lines.encode())
 
 
 def read_step(folder: Path, step: int) -> list[Group]:
@@ -182,9 +182,9 @@ def _read_part(path: Path) -> list[Group]:
     if not path.with_suffix(".npz").is_file():
         raise InputError(f"{path.with_suffix('.npz')}: is missing")
     with np.load(path.with_suffix(".npz")) as arrays:
-        prompt_ids = _unflat(arrays["prompt_token_ids"], arrays["prompt_lengths"])
-        token_ids = iter(_unflat(arrays["token_ids"], arrays["lengths"]))
-        logprobs = iter(_unflat(arrays["logprobs"], arrays["lengths"]))
+        prompt_ids = unflat(arrays["prompt_token_ids"], arrays["prompt_lengths"])
+        token_ids = iter(unflat(arrays["token_ids"], arrays["lengths"]))
+        logprobs = iter(unflat(arrays["logprobs"], arrays["lengths"]))
     groups = []
     for row, ids in zip(_rows(path), prompt_ids, strict=True):
         known = row["prompt"] | {"solution": tuple(row["prompt"]["solution"])}
@@ -216,23 +216,11 @@ def _rollout(columns: dict[str, Any], prompt: Prompt, token_ids: Any, logprobs: 
     )
 
 
-def _flat(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+def flat(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """One after the other."""
     return np.concatenate([*arrays, np.empty(0, dtype)]).astype(dtype)
 
 
-def _unflat(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+def unflat(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The arrays again; one empty array of no lengths."""
     return np.split(flat, np.cumsum(lengths)[:-1])
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

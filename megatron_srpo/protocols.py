@@ -65,6 +65,11 @@ class Scorer(Protocol):
 class WeightReceiver(Protocol):
     """A rollout engine whose weights can be replaced while it runs."""
 
+    @property
+    def weight_version(self) -> int:
+        """Number of policy updates that the weights have seen."""
+        ...
+
     def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
         """Full Hugging Face tensors, any order; what was cached under older weights is dropped."""
         ...

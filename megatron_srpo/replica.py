@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.protocols import Generator, ResetRule, Reward
+from megatron_srpo.stopping import StopRequested
 from megatron_srpo.types import AlarmError, Completion, Prompt, Request, Reset, Rollout, Score
 
 
@@ -65,7 +66,8 @@ class LeaderRule:
             resets = self.rule.choose(seeds, Announced(generator=generator, mesh=self.mesh))
         finally:
             failure = _what_is_raised()
-            self.mesh.share(Answer(resets=resets, failure=failure))
+            if not isinstance(sys.exception(), StopRequested):  # the others stop where this one did
+                self.mesh.share(Answer(resets=resets, failure=failure))
             if failure is not None and not _is_leaving():
                 raise AlarmError(f"the reset rule raised {failure}")
         return resets or []
@@ -108,4 +110,4 @@ def _what_is_raised() -> str | None:
 
 def _is_leaving() -> bool:
     """Somebody wants this process to end: nothing is wrong with what it was doing."""
-    return isinstance(sys.exception(), KeyboardInterrupt | SystemExit)
+    return isinstance(sys.exception(), KeyboardInterrupt | SystemExit | StopRequested)

@@ -1,8 +1,8 @@
 """Where does a run begin?   run folder -> first step, checkpoint, rollouts that are there already
 
-A folder with a finished run (it has `hf/`) is refused. An unfinished one goes on, if its config is
-the same but for how the work is divided: from the newest whole checkpoint, or else from the first
-step. The rollouts of later steps that the journal holds are not drawn again.
+An unfinished run goes on, if its config is the same but for how the work is divided: from the
+newest whole checkpoint, or else from the first step. The rollouts of later steps that the journal
+holds are not drawn again. With a finished one (it has `hf/`) of the same config nothing is to do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from megatron_srpo.checkpoint_store import RunState, find
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.journal import drop_from, is_whole
+from megatron_srpo.kept import drop_before
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.types import InputError
 
 MAY_DIFFER = (
     "run_dir", "max_logprob_diff", "parallel", "micro_batch_tokens", "rollout.tp",
-    "rollout.max_num_seqs", "rollout.kv_cache_bytes", "checkpoint", "log", "sft",
+    "rollout.max_num_seqs", "rollout.kv_cache_bytes", "checkpoint", "deadlines", "log", "sft",
 )  # fmt: skip
 """What changes neither what is drawn nor what is learned."""
 
@@ -40,6 +41,8 @@ class Progress:
     """Steps, from `step` on, whose rollouts are there."""
     torn: tuple[str, ...]
     """Names of checkpoints that are not whole."""
+    is_finished: bool = False
+    """Nothing is left to do."""
 
     @property
     def summary(self) -> str:
@@ -56,14 +59,16 @@ BEGINNING = Progress(step=0, checkpoint=None, journalled=range(0), torn=())
 
 
 def progress_of(cfg: Config, replay: Path | None = None) -> Progress:
-    """Raises `InputError` if the run folder holds a finished run, one of another config, or one
-    that was begun with another `replay` (the folder of the run whose rollouts it trains on)."""
+    """Raises `InputError` if the run folder holds a run of another config, or one that was begun
+    with another `replay` (the folder of the run whose rollouts it trains on)."""
     folder = RunFolder(cfg.run_dir)
-    if not folder.is_unfinished:
+    if not folder.is_begun or (folder.hf.exists() and not folder.is_finished):
         folder.check_free()
         return BEGINNING
     _check_same(load_config(folder.config), cfg, folder)
     _check_same_replay(replay, folder)
+    if folder.is_finished:
+        return replace(BEGINNING, step=cfg.num_steps, is_finished=True)
     whole, torn = find(folder.checkpoints)
     step = max(whole, default=0)
     if whole:
@@ -101,6 +106,7 @@ def rewind(folder: RunFolder, progress: Progress) -> None:
     """
     size = sum(length for step, length in _lines(folder.metrics) if step < progress.step)
     drop_from(folder.rollouts, progress.journalled.stop)
+    drop_before(folder.kept, progress.journalled.stop)
     if folder.metrics.exists():
         os.truncate(folder.metrics, size)
 
@@ -122,13 +128,14 @@ def _lines(metrics: Path) -> Iterator[tuple[int, int]]:
 
 
 def _check_same_replay(replay: Path | None, folder: RunFolder) -> None:
+    kind = _kind(folder)
     before = folder.replay.read_text("utf-8").strip() if folder.replay.is_file() else None
     now = None if replay is None else str(replay.resolve())
     if before != now:
         was = f"with --replay {before}" if before else "without --replay"
         raise InputError(
-            f"run_dir={folder.root}: holds an unfinished run that was begun {was}; go on {was}, or "
-            "name a new folder (run_dir=PATH)"
+            f"run_dir={folder.root}: holds {kind} that was begun {was}; go on {was}, or name a "
+            "new folder (run_dir=PATH)"
         )
 
 
@@ -137,10 +144,14 @@ def _check_same(before: Config, now: Config, folder: RunFolder) -> None:
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise InputError(
-                f"run_dir={folder.root}: holds an unfinished run with {name}={old.get(name)}, not "
+                f"run_dir={folder.root}: holds {_kind(folder)} with {name}={old.get(name)}, not "
                 f"{new.get(name)}; go on with its own {folder.config.name}, or name a new folder "
                 "(run_dir=PATH)"
             )
+
+
+def _kind(folder: RunFolder) -> str:
+    return "a finished run" if folder.is_finished else "an unfinished run"
 
 
 def _fields(cfg: Config) -> dict[str, Any]:

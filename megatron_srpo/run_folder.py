@@ -36,6 +36,11 @@ class RunFolder:
         return self.root / "rollouts"
 
     @property
+    def kept(self) -> Path:
+        """What a step that was stopped had finished; there only until it is done."""
+        return self.root / "kept"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -53,9 +58,20 @@ class RunFolder:
         return self.root / "hf"
 
     @property
-    def is_unfinished(self) -> bool:
-        """A run began here and left no trained policy, the last thing that a run leaves."""
-        return self.config.is_file() and not self.hf.exists()
+    def wandb_id(self) -> Path:
+        """Names the run there, which goes on with this one."""
+        return self.root / "wandb_id.txt"
+
+    @property
+    def is_begun(self) -> bool:
+        """A run began here."""
+        return self.config.is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """It has left the trained policy, the last thing that a run leaves; a warm start, which has
+        no rollouts, is none."""
+        return self.is_begun and self.rollouts.is_dir() and self.hf.exists()
 
     def check_free(self) -> None:
         """Raises `InputError` if another run lives here, or something that is no folder."""

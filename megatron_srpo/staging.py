@@ -1,4 +1,4 @@
-"""A folder that is whole or not there: written under another name, renamed when it is finished."""
+"""A folder or file that is whole or not there: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -55,6 +55,17 @@ def publish(partial: Path, path: Path) -> None:
     """All of a folder on disk, then under its name, and that on disk too."""
     for written in [partial, *partial.rglob("*")]:
         _sync(written)
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """A file: whole and on disk, or as it was."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
     _sync(path.parent)
 

@@ -25,6 +25,8 @@ class Stopwatch:
     """`current` names the running phase, for displays and watchdogs."""
 
     current: str = "other"
+    num_switches: int = 0
+    """Of phases, ever: a sign of life."""
     _seconds: dict[str, float] = field(default_factory=dict)
     _mark: float = field(default_factory=time.perf_counter)
 
@@ -49,6 +51,7 @@ class Stopwatch:
         now = time.perf_counter()
         self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._mark
         self._mark, self.current = now, name
+        self.num_switches += 1
 
 
 @dataclass(frozen=True, slots=True)

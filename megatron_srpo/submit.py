@@ -5,7 +5,6 @@ What the run would refuse is refused here, before the queue; slurm/ holds what t
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ class Site:
 
     path: Path
     environment: Mapping[str, str]
-    """This process's, and what the file exports: sbatch reads its SBATCH_... ."""
+    """The user's, and what the file exports: sbatch reads its SBATCH_... ."""
     tasks_per_node: int
 
     @property
@@ -45,17 +44,19 @@ def submit(
     num_nodes: int,
     num_jobs: int,
     is_dry: bool,
+    environment: Mapping[str, str],
     scripts: Path = SCRIPTS,
 ) -> None:
     """Prints the resolved config, the plan and the command line; runs that, `num_jobs` times.
 
     `arguments`: config file and overrides, from which `cfg` was made. `command`: train or eval.
+    `environment`: the user's, which the jobs get.
     Raises `InputError` for what the run would refuse on so many nodes, and what sbatch refuses.
     """
     script = scripts / f"{command}.sbatch"
     if not script.is_file():
         raise InputError(f"{script}: no such file; submit from a checkout, which has slurm/")
-    site = read_site(scripts)
+    site = read_site(scripts, environment)
     num_processes = num_nodes * site.tasks_per_node
     plan = _train_plan if command == "train" else _eval_plan
     lines = plan(cfg, num_processes)
@@ -70,25 +71,26 @@ def submit(
         print(_sbatch(words, site), flush=True)
 
 
-def read_site(scripts: Path) -> Site:
-    """The file that `MEGATRON_SRPO_SITE` names, else site.sh beside the scripts, as bash reads it."""
-    path = Path(os.environ.get("MEGATRON_SRPO_SITE", scripts / "site.sh"))
+def read_site(scripts: Path, environment: Mapping[str, str]) -> Site:
+    """As bash reads the file that `MEGATRON_SRPO_SITE` names; by default site.sh in `scripts`."""
+    path = Path(environment.get("MEGATRON_SRPO_SITE", scripts / "site.sh"))
     if not path.is_file():
         raise InputError(f"{path}: no such file; copy {scripts / 'site.example.sh'} there, edit it")
     program = 'here=$1; source "$2" >&2 && export TASKS_PER_NODE && env -0'
     done = subprocess.run(
         ["bash", "-c", program, "site", str(scripts), str(path.absolute())],
+        env=environment,
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise InputError(f"{path}: {' '.join(done.stderr.split()) or 'its last command failed'}")
     lines = (entry.partition("=") for entry in done.stdout.split("\0") if entry)
-    environment = {name: value for name, _, value in lines}
-    tasks = environment.get("TASKS_PER_NODE", "")
+    exported = {name: value for name, _, value in lines}
+    tasks = exported.get("TASKS_PER_NODE", "")
     if not tasks.isdigit() or not int(tasks):
         raise InputError(f"{path}: TASKS_PER_NODE={tasks!r} must be a number of GPUs")
-    return Site(path=path, environment=environment, tasks_per_node=int(tasks))
+    return Site(path=path, environment=exported, tasks_per_node=int(tasks))
 
 
 def sbatch_words(
@@ -102,7 +104,12 @@ def sbatch_words(
         "dependency": "singleton",
         "output": LOGS / "%x-%j.log",
     }
-    return ["sbatch", *(f"--{key}={value}" for key, value in options.items()), str(script), *arguments]
+    return [
+        "sbatch",
+        *(f"--{key}={value}" for key, value in options.items()),
+        str(script),
+        *arguments,
+    ]
 
 
 def _sbatch(words: Sequence[str], site: Site) -> str:
@@ -118,6 +125,8 @@ def _sbatch(words: Sequence[str], site: Site) -> str:
 
 def _train_plan(cfg: Config, num_processes: int) -> list[str]:
     inputs = read_inputs(cfg, num_processes=num_processes)
+    if inputs.progress.is_finished:
+        raise InputError(f"run_dir={cfg.run_dir}: this run is finished")
     layout, algorithm, every = cfg.parallel, cfg.algorithm, cfg.checkpoint.every
     num_copies = num_processes // (layout.tp * layout.pp * layout.cp)
     num_engines = num_processes // cfg.rollout.tp

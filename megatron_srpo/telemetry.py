@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 import traceback
@@ -30,6 +31,7 @@ from rich.text import Text
 
 from megatron_srpo.config import LogConfig
 from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.staging import write_durably
 from megatron_srpo.stopwatch import Stopwatch
 
 MOST_LINES = 100
@@ -102,12 +104,22 @@ class Telemetry:
             mode = "offline"
         run = wandb.init(
             project=self._cfg.wandb_project,
+            id=self._wandb_id(),
+            resume="allow",
             name=self._folder.root.name,
             dir=str(self._folder.root),
             mode=mode,  # type: ignore[arg-type]
         )
         self._exits.callback(run.finish)
         return run
+
+    def _wandb_id(self) -> str:
+        """Of the run there, which goes on; drawn anew where there is none."""
+        assert self._folder is not None
+        path = self._folder.wandb_id
+        if not path.exists():
+            write_durably(path, f"{secrets.token_hex(4)}\n".encode())
+        return path.read_text("utf-8").strip()
 
     def _start_tensorboard(self):
         from torch.utils.tensorboard import SummaryWriter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,37 +12,47 @@ from megatron_srpo.algorithm import to_samples
 from megatron_srpo.assembly import Run, assemble
 from megatron_srpo.batching import mini_batches
 from megatron_srpo.claim import claimed
+from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
 from megatron_srpo.export import save_hf
+from megatron_srpo.guard import Guard
 from megatron_srpo.inputs import Inputs
+from megatron_srpo.kept import write_kept
 from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
 from megatron_srpo.resume import begin
 from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.stopping import StopRequested
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
+from megatron_srpo.watchdog import Watchdog
 
 
-def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
+def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> bool:
     """Run the config, from where its run folder has come to; or, with `replay`, train on the
-    rollouts in that run's folder."""
+    rollouts in that run's folder. Whether it came to the end: it may have been asked to stop."""
     mesh = build_mesh(cfg.parallel, rollout_tp=cfg.rollout.tp)
-    train_on(mesh, cfg, inputs, replay)
+    is_finished = train_on(mesh, cfg, inputs, replay)
     destroy_mesh()
+    return is_finished
 
 
-def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None) -> None:
+def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None) -> bool:
     """The same on processes that have found each other."""
-    run = assemble(cfg, inputs, mesh, replay)
-    folder, seen = RunFolder(cfg.run_dir), mesh.gather(inputs.progress)
-    with claimed(folder, partial(begin, cfg, seen, replay), rank=mesh.rank, gather=mesh.gather):
-        go_on(run, folder, inputs)
-        mesh.gather(None)  # nobody leaves while another still works
-    run.engine.close()
+    folder, gpu = RunFolder(cfg.run_dir), Colocation.on(mesh)
+    with Guard(mesh, gpu, Watchdog(cfg=cfg.deadlines), log=folder.log) as guard:
+        run = assemble(cfg, inputs, mesh, replay, gpu)
+        seen = mesh.gather(inputs.progress)
+        with claimed(folder, partial(begin, cfg, seen, replay), rank=mesh.rank, gather=mesh.gather):
+            is_finished = go_on(run, folder, inputs, guard)
+            mesh.gather(None)  # nobody leaves while another still works
+        run.engine.close()
+    return is_finished
 
 
-def go_on(run: Run, folder: RunFolder, inputs: Inputs) -> None:
-    """From the checkpoint, if there is one, to the trained policy. Collective."""
+def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
+    """From the checkpoint, if there is one, to the trained policy, or to where it is asked to stop.
+    Collective."""
     cfg, mesh, progress = run.cfg, run.mesh, inputs.progress
     with Telemetry(
         folder if mesh.rank == 0 else None,
@@ -63,10 +74,33 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs) -> None:
             with run.gpu.syncing():
                 run.weight_sync(version=progress.step)
         run.stopwatch.take()  # the first step does not pay for building the engines
-        loop(run, telemetry)
+        try:
+            loop(run, telemetry)
+        except StopRequested:
+            with run.stopwatch.phase("checkpoint"):
+                save(run, folder)
+            telemetry.say(f"stopped by {guard.asked_by}, and saved; the same command goes on")
+            return False
         run.checkpoints.finish()
+        if mesh.rank == 0:
+            shutil.rmtree(folder.kept, ignore_errors=True)
         save_hf(folder.hf, run.learner, mesh, like=cfg.model)
         telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
+        return True
+
+
+def save(run: Run, folder: RunFolder) -> None:
+    """The state after the last whole step, and what the next one has finished. Collective."""
+    mesh = run.mesh
+    if mesh.is_leader:
+        write_kept(
+            folder.kept,
+            run.completions.current(),
+            version=run.engine.weight_version,
+            replica=mesh.replica,
+            num_replicas=mesh.num_replicas,
+        )
+    run.checkpoints.save()
 
 
 def loop(run: Run, telemetry: Telemetry) -> None:
@@ -92,7 +126,8 @@ def loop(run: Run, telemetry: Telemetry) -> None:
         with run.stopwatch.phase("checkpoint"):
             run.checkpoints.after(step + 1)
     with gpu.generating():
-        last = of_replicas(run.evaluate(), run.mesh)
+        evaluated = run.evaluate()
+    last = of_replicas(evaluated, run.mesh)
     telemetry.log(cfg.num_steps, last, summary(last))
 
 

@@ -40,7 +40,7 @@ class FakeGenerator:
 
     def __init__(self, answer: Callable[[str, random.Random], str]) -> None:
         self._answer = answer
-        self._version = 0
+        self.weight_version = 0
         self.seen: list[list[Request]] = []
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
@@ -59,7 +59,7 @@ class FakeGenerator:
             logprobs=-np.arange(1, len(token_ids) + 1, dtype=np.float32),
             finish_reason="stop" if token_ids[-1] == EOS else "length",
             num_cached_tokens=0,
-            weight_version=self._version,
+            weight_version=self.weight_version,
         )
 
     def score(self, sequences: Sequence[Tokens]) -> list[Floats]:
@@ -69,4 +69,4 @@ class FakeGenerator:
     def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
         for _ in named_tensors:
             pass
-        self._version = version
+        self.weight_version = version

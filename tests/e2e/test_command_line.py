@@ -330,13 +330,13 @@ def test_a_world_size_that_does_not_divide_the_prompts_is_refused(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_holds_a_run_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_finished_run_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "first", tmp_path / "kept")
-    process = start(
-        "train", folder / "config.yaml", *from_warm_start(folder), f"run_dir={tmp_path / 'kept'}"
-    )
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "already holds another run" in output
+    command = ("train", folder / "config.yaml", *from_warm_start(folder))
+    code, output = refused(*command, f"run_dir={tmp_path / 'kept'}")
+    assert code == 0 and "this run is finished; for another one name a new folder" in output
+    code, output = refused(*command, f"run_dir={tmp_path / 'kept'}", "seed=1")
+    assert code == 2 and "holds a finished run with seed=0, not 1" in output
     for path in (folder / "first").rglob("*"):
         if path.is_file():
             kept = tmp_path / "kept" / path.relative_to(folder / "first")

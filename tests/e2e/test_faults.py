@@ -12,6 +12,7 @@ import torch
 
 from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.assembly import Run, assemble
+from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.inputs import read_inputs
 from megatron_srpo.protocols import Collect, Learner, NamedTensors
@@ -62,7 +63,7 @@ def trainer_temperature_off_by_one_percent(run: Run) -> Run:
 def run(tmp_path: Path, mesh: Mesh, engines: list[object]) -> Run:
     cfg = small_config(tmp_path, "num_steps=1", "algorithm.resets=none")
     torch.manual_seed(0)
-    run = assemble(cfg, read_inputs(cfg, num_processes=1), mesh, replay=None)
+    run = assemble(cfg, read_inputs(cfg, num_processes=1), mesh, None, Colocation.on(mesh))
     engines.append(run.engine)
     # A random policy never solves the task; the parity of its length gives it a gradient.
     return replace(run, collect=_rewarded(run))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_srpo.assembly import assemble
+from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.config_file import load_config
 from megatron_srpo.engines.megatron.mesh import Mesh
@@ -106,7 +107,7 @@ def trained(mesh: Mesh, config: Path, run_dir: Path, replay: Path | None) -> dic
     ]  # fmt: skip
     cfg = load_config(config, overrides)
     inputs = read_inputs(cfg, num_processes=mesh.world_size, replay=replay)
-    run = assemble(cfg, inputs, mesh, replay)
+    run = assemble(cfg, inputs, mesh, replay, Colocation.on(mesh))
     if mesh.rank == 0:
         RunFolder(run_dir).create(cfg)
     mesh.gather(None)

@@ -14,9 +14,7 @@ import pwd
 import random
 import re
 import shutil
-import signal
 import socket
-import stat
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -59,9 +57,10 @@ class Cluster:
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
         self._start(
-            "munged", "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={socket_path}",
-            f"--pid-file={munge / 'pid'}", f"--seed-file={munge / 'seed'}", f"--log-file={munge / 'log'}",
-        )  # fmt: skip
+            *("munged", "munged", "--foreground", "--force", f"--key-file={key}"),
+            *(f"--socket={socket_path}", f"--pid-file={munge / 'pid'}"),
+            *(f"--seed-file={munge / 'seed'}", f"--log-file={munge / 'log'}"),
+        )
         wait_for("munged", socket_path.is_socket)
         self._start("slurmctld", "slurmctld", "-D", "-i")
         wait_for("slurmctld", lambda: "is UP" in self.ask("scontrol", "ping"))
@@ -73,7 +72,9 @@ class Cluster:
     def _start_node(self, node: str) -> None:
         slurmd = ("slurmd", "-D", "-N", node)
         if self.has_namespaces:
-            named = f'mount --bind "{self.folder}/hosts" /etc/hosts; hostname {node}; "$@" & wait $!'
+            named = (
+                f'mount --bind "{self.folder}/hosts" /etc/hosts; hostname {node}; "$@" & wait $!'
+            )
             self._start(node, *NAMESPACES, "bash", "-c", named, "_", *slurmd)
         else:
             self._start(node, *slurmd)
@@ -131,7 +132,9 @@ class Cluster:
 
     def finish(self, number: str, *, seconds: float = 60) -> dict[str, str]:
         """Waits until the job has ended for good."""
-        wait_for(f"job {number}", lambda: self.job(number).get("JobState") in ENDED, seconds=seconds)
+        wait_for(
+            f"job {number}", lambda: self.job(number).get("JobState") in ENDED, seconds=seconds
+        )
         return self.job(number)
 
 

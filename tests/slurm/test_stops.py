@@ -261,7 +261,9 @@ def test_a_cancelled_job_stays_cancelled(outcomes: Outcomes) -> None:
     assert outcome.state == "CANCELLED" and outcome.attempts == 1, outcome.said
 
 
-def test_a_rank_that_breaks_ends_the_others_and_the_job_is_started_again(outcomes: Outcomes) -> None:
+def test_a_rank_that_breaks_ends_the_others_and_the_job_is_started_again(
+    outcomes: Outcomes,
+) -> None:
     outcome = outcomes[broken_once].result()
     outcome.check_whole(steps=30, attempts=2)
     assert "the cause is 1" in outcome.said
@@ -305,7 +307,7 @@ def test_one_variable_puts_the_program_into_a_container(outcomes: Outcomes, play
     mounts = f"{work}:{work},{scripts}:{scripts}"
     apptainer = ["exec", "--nv", "--bind", f"{mounts},/from:/to", "--pwd", f"{work}"]
     pyxis = [f"--container-mounts={mounts}", f"--container-workdir={work}"]
-    expected = {
+    expected: dict[Scenario, list[str]] = {
         in_apptainer: [*apptainer, "/my images/a.sif"] * len(RANKS),
         in_pyxis: ["--container-image=/my images/a.sqsh", *pyxis, "--no-container-mount-home"],
     }

@@ -28,6 +28,6 @@ def test_a_runs_checkpoint_states_the_runs_dtype_whatever_the_model_had(tmp_path
         of_run = checkpoints.Checkpoints(
             tmp_path / "run", cfg, learner=learner, data=data, mesh=alone
         )
-        of_run._begin(1)
-    written = tmp_path / "run" / "000001.partial" / "hf" / "config.json"
+        of_run._begin()
+    written = tmp_path / "run" / "000000.partial" / "hf" / "config.json"
     assert json.loads(written.read_text()) == {"size": 1, "dtype": "bfloat16"}

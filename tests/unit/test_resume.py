@@ -102,7 +102,21 @@ def test_a_run_that_stopped_before_its_first_line_is_rewound_to_nothing(tmp_path
     assert not folder.metrics.exists()
 
 
-def test_a_finished_run_is_refused(folder: RunFolder):
+def test_with_a_finished_run_of_the_same_config_nothing_is_to_do(folder: RunFolder):
+    assert not progress_of(cfg_of(folder.root)).is_finished
+    folder.hf.mkdir()
+    assert progress_of(cfg_of(folder.root)).is_finished
+
+
+def test_a_finished_run_of_another_config_is_refused(folder: RunFolder):
+    folder.hf.mkdir()
+    with pytest.raises(InputError, match="holds a finished run with seed=0, not 1; go on"):
+        progress_of(cfg_of(folder.root, seed=1))
+
+
+def test_a_warm_start_is_no_finished_run(tmp_path: Path):
+    folder = RunFolder(tmp_path / "sft")
+    folder.create(cfg_of(folder.root))
     folder.hf.mkdir()
     with pytest.raises(InputError, match="already holds another run"):
         progress_of(cfg_of(folder.root))
@@ -163,7 +177,7 @@ def test_a_run_begins_only_where_nobody_has_worked_since_it_looked(folder: RunFo
 def test_a_run_that_has_finished_meanwhile_is_refused(folder: RunFolder):
     seen = progress_of(cfg_of(folder.root))
     folder.hf.mkdir()
-    with pytest.raises(InputError, match="already holds another run"):
+    with pytest.raises(InputError, match="another process was at work there meanwhile"):
         begin(cfg_of(folder.root), [seen])
     assert steps_of(folder) == [*range(6)]
 

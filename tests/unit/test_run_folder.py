@@ -15,14 +15,16 @@ from megatron_srpo.types import InputError
 from tests.unit.builders import config
 
 
-def test_a_run_is_unfinished_between_its_config_and_its_trained_policy(tmp_path: Path):
+def test_a_run_begins_with_its_config_and_ends_with_its_trained_policy(tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
-    assert not folder.is_unfinished
+    assert not folder.is_begun
     folder.create(config())
-    assert folder.is_unfinished
+    assert folder.is_begun and not folder.is_finished
     assert [path.name for path in folder.root.iterdir()] == ["config.yaml"]
+    folder.rollouts.mkdir()
+    assert not folder.is_finished
     folder.hf.mkdir()
-    assert not folder.is_unfinished
+    assert folder.is_finished
 
 
 def test_a_folder_is_idle_until_a_process_holds_its_log_and_after_it_let_go(tmp_path: Path):
@@ -56,7 +58,7 @@ def test_what_a_run_leaves_that_was_killed_before_it_had_its_config_is_free(
             folder.create(config(), replay=tmp_path)
     names = {path.name for path in folder.root.iterdir()}
     assert names == {"config.yaml.partial", "replay.txt", "log.txt"}
-    assert not folder.is_unfinished
+    assert not folder.is_begun
     folder.check_free()
     folder.create(config())
     assert {path.name for path in folder.root.iterdir()} == {"config.yaml", "log.txt"}

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_srpo.batching import pack
@@ -28,6 +29,7 @@ from megatron_srpo.engines.megatron.logprobs import (
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import Heads
 from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.stopping import StopPoints, StopRequested
 from megatron_srpo.types import Floats, MicroBatch, Tokens
 
 R = TypeVar("R")
@@ -37,9 +39,19 @@ T = TypeVar("T")
 class Forward:
     """The parts of the policy that this rank holds, and how they are run."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], mesh: Mesh, heads: Heads) -> None:
-        """`models`: chunks of an interleaved pipeline, or the one of any other."""
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        mesh: Mesh,
+        heads: Heads,
+        points: StopPoints | None = None,
+    ) -> None:
+        """`models`: chunks of an interleaved pipeline, or the one of any other. Each micro-batch is
+        one of `points`."""
         self._models, self._mesh, self._heads = list(models), mesh, heads
+        self._points = points or StopPoints()
+        self.is_stopping = False
+        """The rest of the running schedule is empty; at its end comes `StopRequested`."""
         self._device = next(models[0].parameters()).device
 
     def run(
@@ -51,10 +63,18 @@ class Forward:
     ) -> list[R]:
         """Megatron's schedule. `finish` makes of a micro-batch's index and logits [T / CP, V] its
         loss and a result; results come in the order of the micro-batches, from the last stage only.
+
+        Raises `StopRequested`, on all ranks, if the run is to stop at one of these micro-batches.
+        The schedule is run to its end also then, since the stages of a pipeline wait for each
+        other, but nothing is computed for that micro-batch and those behind it.
         """
+        passed = self._points.num_passed
 
         def forward_step(indices: Iterator[int], model: torch.nn.Module) -> tuple[Tensor, Any]:
             index = next(indices)
+            if not self._points.passes(passed + index):
+                self.is_stopping = True
+                return _passed_through(model), _no_loss
 
             def loss_func(output: Tensor) -> tuple[Tensor, Tensor, R]:
                 loss, result = finish(index, output[0])
@@ -62,7 +82,7 @@ class Forward:
 
             return self._chunk_output(model, micro_batches[index]), loss_func
 
-        return get_forward_backward_func()(
+        results = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=one_or_all([iter(range(len(micro_batches))) for _ in self._models]),
             model=one_or_all(self._models),
@@ -71,6 +91,9 @@ class Forward:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        if self.is_stopping:
+            raise StopRequested
+        return results
 
     def _chunk_output(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
         cu_seqlens = self.tensor(micro_batch.cu_seqlens)
@@ -186,6 +209,20 @@ class Forward:
         ]
         padding = -len(samples) % layout.count_multiple
         return [pack([sample], layout) for sample in samples] + [pack([], layout)] * padding
+
+
+def _passed_through(model: torch.nn.Module) -> Tensor:
+    """What a stage sends on without computing anything: what it received, the first one a number.
+    No parameter is touched, so no hook of DistributedDataParallel waits for the others."""
+    chunk: Any = unwrap_model(model)
+    received = None if chunk.pre_process else chunk.decoder.input_tensor
+    if received is None:
+        return torch.zeros(1, 1, chunk.config.hidden_size, requires_grad=True)
+    return received.clone()
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+    return output.sum() * 0, torch.zeros((), dtype=torch.int), None
 
 
 def one_or_all(of_chunks: list[T]) -> T | list[T]:

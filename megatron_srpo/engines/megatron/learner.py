@@ -57,6 +57,7 @@ from megatron_srpo.loss import (
     policy_loss,
     to_metrics,
 )
+from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
 
 
@@ -84,9 +85,12 @@ class MegatronLearner:
         optimizer: OptimizerConfig,
         loss: LossConfig,
         num_steps: int,
+        points: StopPoints | None = None,
     ) -> None:
-        """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over."""
+        """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over. An
+        update can be stopped at `points`, until it has changed weights."""
         self._mesh, self._temperature, self._cfg = mesh, temperature, loss
+        self._points = points or StopPoints()
         self._family, self._heads = family_of(folder), heads_of(folder)
         self.modules = build_chunks(folder, mesh, dtype)
         load_hf(self.modules, folder, mesh)
@@ -107,13 +111,13 @@ class MegatronLearner:
         ]
         self.optimizer = MegatronAdam(self.models, optimizer, dtype=dtype, num_steps=num_steps)
         self._reference = ParkedWeights(self.modules) if loss.kl_coef else None
-        self._forward = Forward(self.models, mesh, self._heads)
+        self._forward = Forward(self.models, mesh, self._heads, self._points)
         self._tell_schedule(mesh.parallel.overlap)
 
     def _tell_schedule(self, overlap: bool) -> None:
         """Megatron's schedules find what they call in the model's config."""
         config: Any = self.modules[0].config  # of all chunks
-        config.finalize_model_grads_func = _finalize_without_count
+        config.finalize_model_grads_func = self._finalize_without_count
         config.grad_scale_func = self.optimizer.scale_loss
         if overlap:
             config.no_sync_func = one_or_all([model.no_sync for model in self.models])
@@ -122,22 +126,23 @@ class MegatronLearner:
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer step per batch, all at one learning rate; returns metrics of all of them.
 
+        Raises `StopRequested`, with nothing changed, if the run is to stop before the first step.
         A batch without micro-batches has no gradient and no step. Token metrics speak of all
         batches together, `loss` and `loss/demonstrations` are means over the steps, `grad_norm` is
         the largest.
         """
-        lr = self.optimizer.advance()
         batches = [batch for batch in batches if batch.micro_batches]
         if not batches:
+            lr = self.optimizer.advance()
             return {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0.0, "optimizer/lr": lr}
-        passes = self._passes(batches)
-        counters: list[Counters] = []
-        grad_norms: list[float] = []
-        for batch, items in zip(batches, passes, strict=True):
+        with self._points.section(is_joint=True):
+            passes = self._passes(batches)
+            counters = [self._backward(passes[0], batches[0].denominator)]
+        lr = self.optimizer.advance()
+        grad_norms = [self._step()]
+        for batch, items in zip(batches[1:], passes[1:], strict=True):
             counters.append(self._backward(items, batch.denominator))
-            grad_norms.append(self.optimizer.step())
-            if not np.isfinite(grad_norms[-1]):
-                raise AlarmError(f"gradient norm is {grad_norms[-1]}")
+            grad_norms.append(self._step())
         if self._mesh.parallel.overlap:
             for model in self.models:  # whoever reads the weights next may not come by a hook
                 model.start_param_sync(force_sync=True)
@@ -145,6 +150,12 @@ class MegatronLearner:
         for name in ("loss", "loss/demonstrations"):
             metrics[name] /= len(batches)
         return {**metrics, "grad_norm": max(grad_norms), "optimizer/lr": lr}
+
+    def _step(self) -> float:
+        grad_norm = self.optimizer.step()
+        if not np.isfinite(grad_norm):
+            raise AlarmError(f"gradient norm is {grad_norm}")
+        return grad_norm
 
     def backward(self, batch: Batch) -> dict[str, float]:
         """Gradients of a step's first batch, reduced over ranks, in the buffers; its metrics."""
@@ -236,9 +247,9 @@ class MegatronLearner:
             tied=self.modules[0].share_embeddings_and_output_weights,
         )
 
-
-def _finalize_without_count(
-    model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
-) -> None:
-    """Step 4 of the module's derivation."""
-    finalize_model_grads(model, None, **kwargs)
+    def _finalize_without_count(
+        self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Step 4 of the module's derivation."""
+        if not self._forward.is_stopping:  # else there are no whole gradients
+            finalize_model_grads(model, None, **kwargs)

@@ -12,17 +12,22 @@ import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.engines.megatron import cpu
+from megatron_srpo.rendezvous import meet
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=24)
+"""In a collective. It is the watchdog who ends a long one: it can say where all ranks are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,8 @@ class Mesh:
     """The ranks of one rollout engine, for objects in host memory (gloo)."""
     host_group: dist.ProcessGroup
     """All ranks, for objects in host memory (gloo)."""
+    store: Store
+    """For what must not wait for all ranks."""
 
     @property
     def is_leader(self) -> bool:
@@ -110,33 +117,24 @@ class Mesh:
         ]
 
 
-def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -> Mesh:
+def build_mesh(
+    parallel: ParallelConfig | None = None,
+    *,
+    rollout_tp: int = 1,
+    store: Store | None = None,
+) -> Mesh:
     """Collective over all processes, which torchrun or srun has started.
 
     `inputs.check_layout` has found the sizes to divide; by default all ranks are data parallel.
+    `store` is where they have met already.
     """
-    parallel = parallel or ParallelConfig()
-    cpu.install()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(
-        parallel.tp,
-        parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        # Whole experts where several ranks share them: gloo cannot gather what unequal numbers of
-        # tokens make of parts of one. Not where none are shared: the gradients of whole experts
-        # would then not be added up over tensor parallel ranks (0.16.1; wrong, without an error).
-        expert_tensor_parallel_size=1 if parallel.ep > 1 else parallel.tp,
-        create_gloo_process_groups=False,
-    )
-    # Megatron wants its random tracker seeded even where no dropout draws from it.
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    parallel, store = parallel or ParallelConfig(), store or meet()
+    _join(store, parallel)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     replicas = np.arange(world_size).reshape(-1, rollout_tp).tolist()
-    replica_group, _ = dist.new_subgroups_by_enumeration(replicas, backend="gloo")
+    replica_group, _ = dist.new_subgroups_by_enumeration(
+        replicas, timeout=LONGEST_WAIT, backend="gloo"
+    )
     tp_group = _known(parallel_state.get_tensor_model_parallel_group())
     pp_group = _known(parallel_state.get_pipeline_model_parallel_group())
     cp_group = _known(parallel_state.get_context_parallel_group())
@@ -166,8 +164,37 @@ def build_mesh(parallel: ParallelConfig | None = None, *, rollout_tp: int = 1) -
         replica=rank // rollout_tp,
         num_replicas=len(replicas),
         replica_group=_known(replica_group),
-        host_group=_known(dist.new_group(backend="gloo")),
+        host_group=_known(dist.new_group(backend="gloo", timeout=LONGEST_WAIT)),
+        store=store,
     )
+
+
+def _join(store: Store, parallel: ParallelConfig) -> None:
+    """torch's default group, and Megatron's."""
+    cpu.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore("groups", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=LONGEST_WAIT,
+    )
+    parallel_state.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        # Whole experts where several ranks share them: gloo cannot gather what unequal numbers of
+        # tokens make of parts of one. Not where none are shared: the gradients of whole experts
+        # would then not be added up over tensor parallel ranks (0.16.1; wrong, without an error).
+        expert_tensor_parallel_size=1 if parallel.ep > 1 else parallel.tp,
+        create_gloo_process_groups=False,
+    )
+    # Megatron wants its random tracker seeded even where no dropout draws from it.
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
 def _known(group: Any) -> dist.ProcessGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +40,17 @@ class VllmGenerator:
     """One replica: an engine, its weights' version, its prefix cache."""
 
     def __init__(
-        self, folder: Path, cfg: RolloutConfig, *, dtype: Literal["float32", "bfloat16"]
+        self,
+        folder: Path,
+        cfg: RolloutConfig,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """Torch's process group must exist already: the engine joins it (`external_launcher`)."""
+        """Torch's process group must exist already: the engine joins it (`external_launcher`).
+
+        `before_step` is called before each engine step; what it raises ends `generate`.
+        """
         with _own_random_state():
             self._llm = LLM(
                 str(folder),
@@ -60,7 +68,8 @@ class VllmGenerator:
                 **({} if torch.cuda.is_available() else CPU_ARGUMENTS),
             )
         self._max_model_len = cfg.max_model_len
-        self._version = 0
+        self._before_step = before_step
+        self.weight_version = 0
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions in the order in which they finish; the engine steps between them."""
@@ -116,6 +125,7 @@ class VllmGenerator:
     def _finished(self) -> Iterator[RequestOutput]:
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
+            self._before_step()
             with _own_random_state():
                 finished = engine.step()
             for output in finished:
@@ -136,7 +146,7 @@ class VllmGenerator:
             logprobs=logprobs,
             finish_reason=answer.finish_reason,
             num_cached_tokens=output.num_cached_tokens or 0,
-            weight_version=self._version,
+            weight_version=self.weight_version,
         )
 
     def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
@@ -144,7 +154,7 @@ class VllmGenerator:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         if not self._llm.reset_prefix_cache():
             raise AlarmError("the prefix cache could not be reset: requests are still running")
-        self._version = version
+        self.weight_version = version
 
     def close(self) -> None:
         """Before the process group that the engine joined is destroyed."""

@@ -1,0 +1,223 @@
+"""Who listens while a rank works?   signals, deadlines, other ranks' troubles -> stop or end
+
+A thread beside each rank's work. What it hears it tells the other ranks through the store, never
+by a collective: the work may be in one, or hang.
+
+    a signal            all ranks agree on where to stop (`stopping.py`), and the run saves itself
+    a second one        the process ends at once
+    a missed deadline   every rank's stacks go to its standard error and to log.txt; all end
+    a rank that fails   log.txt says which and why; the others end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch.distributed import DistError
+
+from megatron_srpo.colocation import Colocation
+from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.stopping import Point, Position, first_unpassed
+from megatron_srpo.types import AlarmError, InputError
+from megatron_srpo.watchdog import Watchdog, stacks
+
+BROKEN, ALARM, STOPPED = 1, 3, 75
+"""Exit codes, as of the command line."""
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+TICK_S = 0.25
+ONE_EVENT_S = 1.0
+"""Signals closer together are one: launchers send several kinds at once."""
+AGREEMENT_S = 60.0
+"""So long the other ranks have to say where they are."""
+FAREWELL_S = 10.0
+"""So long a rank has to end by itself when another has failed, and to say where it hangs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """Why all ranks must end."""
+
+    rank: int
+    node: str
+    reason: str
+    code: int
+    hangs: bool
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.node}: {self.reason}"
+
+
+class Guard:
+    """Context manager around the work of one rank."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        gpu: Colocation,
+        watchdog: Watchdog,
+        *,
+        log: Path,
+    ) -> None:
+        """`log` is the run's log.txt; the first rank writes."""
+        self._store, self._rank, self._num_ranks = mesh.store, mesh.rank, mesh.world_size
+        self._points, self._stopwatch = gpu.points, gpu.stopwatch
+        self._watchdog, self._log = watchdog, log
+        self.asked_by: str | None = None
+        """What asked the run to stop."""
+        self._first_signal: float | None = None
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="guard", daemon=True)
+
+    def __enter__(self) -> Guard:
+        self._exits = contextlib.ExitStack()
+        self._inbox = self._exits.enter_context(_signals())
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self._left.set()
+        self._thread.join()
+        # Refusals of what the user gave are raised on all ranks.
+        if error is not None and not isinstance(error, InputError):
+            with contextlib.suppress(DistError):
+                code = ALARM if isinstance(error, AlarmError) else BROKEN
+                trouble = self._report(_line(error), code)
+                self._share(trouble)
+        self._watchdog.rest()
+        self._exits.close()
+
+    def _listen(self) -> None:
+        try:
+            while not self._left.is_set():
+                self._hear()
+                self._look()
+        except DistError as error:
+            if not self._left.wait(FAREWELL_S):
+                self._end(f"the first rank, which serves the others, is gone: {_line(error)}")
+
+    def _hear(self) -> None:
+        """Waits a tick for signals."""
+        ready, _, _ = select.select([self._inbox], [], [], TICK_S)
+        if ready:
+            (number, *_) = self._inbox.recv(64)
+            name, now = signal.Signals(number).name, time.monotonic()
+            if self._first_signal is None:
+                self._first_signal = now
+                self._store.set("stop/asked", f"{name} (rank {self._rank})")
+            elif now - self._first_signal > ONE_EVENT_S:
+                self._end(f"{name} again: ends at once", STOPPED)
+
+    def _look(self) -> None:
+        if self.asked_by is None and self._store.check(["stop/asked"]):
+            self.asked_by = self._store.get("stop/asked").decode()
+            self._points.agree(self._exchange)
+        phase = self._stopwatch.current
+        self._watchdog.rearm(phase)
+        sign = (phase, self._stopwatch.num_switches, self._points.num_points)
+        late = self._watchdog.look(phase, sign, now=time.monotonic())
+        if late is not None:
+            self._report(late, BROKEN, hangs=True)
+        if self._store.check(["trouble"]):
+            self._share(Trouble(**json.loads(self._store.get("trouble"))))
+
+    def _exchange(self, position: Position) -> Mapping[int, Point]:
+        self._store.set(f"stop/at/{self._rank}", position.dump())
+        if self._rank == 0:
+            names = [f"stop/at/{rank}" for rank in range(self._num_ranks)]
+            positions = [Position.parse(self._await(name)) for name in names]
+            self._store.set("stop/points", json.dumps([*first_unpassed(positions).items()]))
+        return {r: Point(*point) for r, point in json.loads(self._await("stop/points"))}
+
+    def _await(self, name: str) -> bytes:
+        if not self._comes(name, within=AGREEMENT_S):
+            self._end(f"could not agree on where to stop: {name!r} has not come")
+        return self._store.get(name)
+
+    def _comes(self, name: str, *, within: float) -> bool:
+        """Not by the store's own waiting, which keeps the work from asking it anything."""
+        deadline = time.monotonic() + within
+        while not (is_there := self._store.check([name])) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return is_there
+
+    def _report(self, reason: str, code: int, *, hangs: bool = False) -> Trouble:
+        """The first trouble counts: which that is."""
+        own = Trouble(
+            rank=self._rank, node=socket.gethostname(), reason=reason, code=code, hangs=hangs
+        )
+        first = self._store.compare_set("trouble", "", json.dumps(asdict(own)))
+        return Trouble(**json.loads(first))
+
+    def _share(self, trouble: Trouble) -> None:
+        """Says what this rank knows of it, and ends the process unless it ends by itself."""
+        words = stacks() if trouble.hangs else ""
+        if words:
+            print(f"rank {self._rank}: {trouble}\n{words}", file=sys.__stderr__, flush=True)
+        self._store.set(f"stacks/{self._rank}", words)
+        if self._rank == 0 and (trouble.hangs or trouble.rank != 0):
+            self._write(trouble)
+            self._store.set("trouble/written", "")
+        if trouble.hangs:
+            self._comes("trouble/written", within=FAREWELL_S)
+        elif self._left.wait(FAREWELL_S):
+            return
+        self._end(f"ends because of {trouble}", trouble.code)
+
+    def _write(self, trouble: Trouble) -> None:
+        """Into the log; where somebody hangs, with the stacks of all who answer."""
+        lines = [f"stopped: {trouble}"]
+        within = FAREWELL_S / 2  # for all together: who waits for this waits twice as long
+        for rank in range(self._num_ranks) if trouble.hangs else ():
+            began = time.monotonic()
+            came = self._comes(f"stacks/{rank}", within=within)
+            within -= min(within, time.monotonic() - began)
+            said = self._store.get(f"stacks/{rank}").decode() if came else "does not answer\n"
+            lines.append(f"rank {rank}:\n{said}")
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write("\n".join(lines) + "\n")
+
+    def _end(self, why: str, code: int = BROKEN) -> None:
+        """At once: no work can keep a process from it."""
+        print(f"megatron-srpo: rank {self._rank}: {why}", file=sys.__stderr__, flush=True)
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket with a byte for each signal, also while the main thread is in C code for long. Only
+    the main thread can set handlers; elsewhere nothing comes."""
+    inbox, outbox = socket.socketpair()
+    with inbox, outbox:
+        if threading.current_thread() is not threading.main_thread():
+            yield inbox
+            return
+        outbox.setblocking(False)
+        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        wakeup = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+        try:
+            yield inbox
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
