@@ -1,10 +1,11 @@
 """Stands in for the program in tests of what is around it: its signals and exit codes, no imports.
 
-    stand_in.py train CONFIG [steps=N] [end=RANK:STEP:ATTEMPT:CODE]
+    stand_in.py train CONFIG [steps=N] [hold=STEP] [end=RANK:STEP:ATTEMPT:CODE]
 
 Each rank does steps, in `run/` beside the config: `steps-RANK` has a line for each, `signals-RANK`
 for each signal; it saves after every fifth and when it is asked to stop, which takes a while, and
-goes on from there. `end`: that rank ends with that code after that step of that attempt (*: any).
+goes on from there. `hold`: in the first attempt it waits before that step for a signal. `end`: that
+rank ends with that code after that step of that attempt (*: any).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ STEP_S, SAVE_S = 0.1, 1.5
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 rank, attempt = os.environ["RANK"], os.environ.get("SLURM_RESTART_COUNT", "0")
-settings = {"steps": "10", "end": ""} | dict(word.split("=", 1) for word in sys.argv[3:])
+settings = {"steps": "10", "hold": "", "end": ""} | dict(
+    word.split("=", 1) for word in sys.argv[3:]
+)
 folder = Path(sys.argv[2]).parent / "run"
 folder.mkdir(exist_ok=True)
 saved = folder / f"saved-{rank}"
@@ -47,6 +50,8 @@ append("starts", json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), **launche
 step = int(saved.read_text()) if saved.exists() else 0
 while step < int(settings["steps"]) and not signals:
     time.sleep(STEP_S)
+    if (settings["hold"], "0") == (str(step), attempt):
+        continue
     append("steps", f"{attempt} {step}")
     step += 1
     if step % 5 == 0:

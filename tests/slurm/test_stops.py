@@ -1,113 +1,15 @@
-"""What the batch scripts make of each way in which a job can stop, against a real Slurm.
-
-A stand-in is the program: 2 nodes x 2 tasks. All jobs run side by side: nearly all of their time is
-Slurm's own waiting.
-"""
+"""What the batch scripts make of each way in which a job can stop, against a real Slurm."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_for
-
-ROOT = Path(__file__).parents[2]
-RANKS = range(4)
-PROGRAM = f'"{sys.executable}" "{Path(__file__).with_name("stand_in.py")}"'
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One job of the stand-in, in a folder of its own; names have spaces wherever they may."""
-
-    cluster: Cluster
-    folder: Path
-    number: str
-
-    def lines(self, name: str, rank: int) -> list[str]:
-        path = self.folder / "run" / f"{name}-{rank}"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def wait_for_step(self, step: int, *, attempt: int = 0) -> None:
-        line = f"{attempt} {step}"
-        for rank in RANKS:
-            wait_for(f"{self.folder.name}: {line}", lambda r=rank: line in self.lines("steps", r))
-
-    def finish(self, *, seconds: float = 60) -> Outcome:
-        record = self.cluster.finish(self.number, seconds=seconds)
-        return Outcome(job=self, state=record["JobState"], exit_code=record["ExitCode"])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    job: Job
-    state: str
-    exit_code: str
-    """CODE:SIGNAL of the batch script."""
-
-    @property
-    def steps(self) -> list[list[int]]:
-        """Of each rank, in order; one that was done twice is there twice."""
-        return [[int(line.split()[1]) for line in self.job.lines("steps", r)] for r in RANKS]
-
-    @property
-    def attempts(self) -> int:
-        return len({line.split()[0] for line in self.job.lines("steps", 0)})
-
-    @property
-    def signals(self) -> list[list[str]]:
-        return [self.job.lines("signals", rank) for rank in RANKS]
-
-    @property
-    def said(self) -> str:
-        (log,) = self.job.folder.glob("*.log")
-        return log.read_text()
-
-    def check(self, *, state: str, exit_code: str, attempts: int) -> None:
-        found = (self.state, self.exit_code, self.attempts)
-        assert found == (state, exit_code, attempts), self.said
-
-    def check_whole(self, *, steps: int, attempts: int) -> None:
-        """Done, each step on each rank exactly once."""
-        self.check(state="COMPLETED", exit_code="0:0", attempts=attempts)
-        assert self.steps == [list(range(steps))] * len(RANKS), self.said
-
-
-def begin(
-    cluster: Cluster,
-    folder: Path,
-    *words: str,
-    site: str | None = "",
-    options: tuple[str, ...] = (),
-    script: str = "train.sbatch",
-) -> Job:
-    """`site`: lines for the site file; None: there is none."""
-    scripts, work = folder / "slurm here", folder / "my work"
-    shutil.copytree(ROOT / "slurm", scripts, ignore=shutil.ignore_patterns("site.sh"))
-    work.mkdir()
-    if site is not None:
-        (scripts / "site.sh").write_text(f"TASKS_PER_NODE=2\nMEGATRON_SRPO=({PROGRAM})\n{site}\n")
-    own = ("-N2", "--exclusive", "-J", folder.name)
-    words = (*options, f"../slurm here/{script}", str(work / "c d.yaml"), *words)
-    number = cluster.submit(*own, *words, folder=work)
-    return Job(cluster=cluster, folder=work, number=number)
-
-
-def put_on_path(folder: Path, name: str, program: str) -> str:
-    """A bash program of that name, found before others; returns the line for the site file."""
-    path = folder / "bin" / name
-    path.parent.mkdir(parents=True)
-    path.write_text(f"#!/bin/bash\n{program}")
-    path.chmod(0o755)
-    return f'PATH="{path.parent}:$PATH"'
-
+from tests.slurm.jobs import RANKS, Outcome, Outcomes, Scenario, begin, played
 
 # --- what is done to each job --------------------------------------------------------------------
 
@@ -117,14 +19,14 @@ def undisturbed(cluster: Cluster, folder: Path) -> Outcome:
 
 
 def asked_to_stop(cluster: Cluster, folder: Path) -> Outcome:
-    job = begin(cluster, folder, "steps=30")
+    job = begin(cluster, folder, "steps=20", "hold=12")
     job.wait_for_step(11)
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)  # as Slurm before a time limit
     return job.finish()
 
 
 def requeued(cluster: Cluster, folder: Path) -> Outcome:
-    job = begin(cluster, folder, "steps=30")
+    job = begin(cluster, folder, "steps=20", "hold=12")
     job.wait_for_step(11)
     cluster.ask("scontrol", "requeue", job.number)
     return job.finish()
@@ -132,7 +34,7 @@ def requeued(cluster: Cluster, folder: Path) -> Outcome:
 
 def preempted(cluster: Cluster, folder: Path) -> Outcome:
     nodes = ",".join(cluster.nodes[-2:])
-    job = begin(cluster, folder, "steps=30", options=("-w", nodes))
+    job = begin(cluster, folder, "steps=20", "hold=12", options=("-w", nodes))
     job.wait_for_step(11)
     urgent = begin(cluster, folder / "urgent", "steps=3", options=("-p", "urgent", "-w", nodes))
     urgent.finish().check_whole(steps=3, attempts=1)
@@ -140,7 +42,7 @@ def preempted(cluster: Cluster, folder: Path) -> Outcome:
 
 
 def cancelled(cluster: Cluster, folder: Path) -> Outcome:
-    job = begin(cluster, folder, "steps=1000")
+    job = begin(cluster, folder, "hold=5")
     job.wait_for_step(3)
     cluster.ask("scancel", job.number)
     outcome = job.finish()
@@ -150,7 +52,7 @@ def cancelled(cluster: Cluster, folder: Path) -> Outcome:
 
 
 def broken_once(cluster: Cluster, folder: Path) -> Outcome:
-    return begin(cluster, folder, "steps=30", "end=3:10:0:1").finish()
+    return begin(cluster, folder, "steps=20", "hold=12", "end=3:10:0:1").finish()
 
 
 def broken_always(cluster: Cluster, folder: Path) -> Outcome:
@@ -162,7 +64,7 @@ def refusing(cluster: Cluster, folder: Path) -> Outcome:
 
 
 def alarmed(cluster: Cluster, folder: Path) -> Outcome:
-    return begin(cluster, folder, "steps=30", "end=2:4:*:3").finish()
+    return begin(cluster, folder, "hold=8", "end=2:4:*:3").finish()
 
 
 def without_site(cluster: Cluster, folder: Path) -> Outcome:
@@ -171,6 +73,15 @@ def without_site(cluster: Cluster, folder: Path) -> Outcome:
 
 def evaluating(cluster: Cluster, folder: Path) -> Outcome:
     return begin(cluster, folder, script="eval.sbatch").finish()
+
+
+def put_on_path(folder: Path, name: str, program: str) -> str:
+    """A bash program of that name, found before others; returns the line for the site file."""
+    path = folder / "bin" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/bash\n{program}")
+    path.chmod(0o755)
+    return f'PATH="{path.parent}:$PATH"'
 
 
 # Stand-ins for the two, which are not installed: they note their own words and leave them out.
@@ -203,19 +114,12 @@ SCENARIOS = (
     preempted, broken_always, asked_to_stop, requeued, broken_once, alarmed, refusing, undisturbed,
     cancelled, without_site, evaluating, in_apptainer, in_pyxis,
 )  # fmt: skip
-Scenario = Callable[[Cluster, Path], Outcome]
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[Scenario, Future[Outcome]]]:
-    folder = tmp_path_factory.mktemp("jobs")
-    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
-        yield {play: pool.submit(play, cluster, folder / play.__name__) for play in SCENARIOS}
-
-
-Outcomes = dict[Scenario, Future[Outcome]]
+def outcomes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+    with played(SCENARIOS, cluster, tmp_path_factory.mktemp("jobs")) as outcomes:
+        yield outcomes
 
 
 # --- what has become of it -----------------------------------------------------------------------
@@ -251,7 +155,7 @@ def test_each_attempt_leaves_a_log_per_node_whose_lines_name_their_task(outcomes
 )
 def test_a_stopped_job_goes_on_where_it_was(outcomes: Outcomes, play: Scenario, signal: str):
     outcome = outcomes[play].result()
-    outcome.check_whole(steps=30, attempts=2)
+    outcome.check_whole(steps=20, attempts=2)
     # One signal: at a second one the program leaves without saving.
     assert outcome.signals == [[f"0 {signal}"]] * 4
 
@@ -265,7 +169,7 @@ def test_a_rank_that_breaks_ends_the_others_and_the_job_is_started_again(
     outcomes: Outcomes,
 ) -> None:
     outcome = outcomes[broken_once].result()
-    outcome.check_whole(steps=30, attempts=2)
+    outcome.check_whole(steps=20, attempts=2)
     assert "the cause is 1" in outcome.said
 
 
