@@ -68,7 +68,7 @@ class Forward:
         The schedule is run to its end also then, since the stages of a pipeline wait for each
         other, but nothing is computed for that micro-batch and those behind it.
         """
-        passed = self._points.num_passed
+        passed, self.is_stopping = self._points.num_passed, False
 
         def forward_step(indices: Iterator[int], model: torch.nn.Module) -> tuple[Tensor, Any]:
             index = next(indices)

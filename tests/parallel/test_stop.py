@@ -1,0 +1,38 @@
+"""An update that is stopped between micro-batches has changed nothing, on any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel import parity, stop_jobs
+from tests.parallel.pool import Pool
+from tests.tiny import write_policy
+
+CASES = (
+    ("qwen2", "one process"),
+    ("qwen2", "TP2xPP2"),
+    ("qwen2", "PP2xVPP2xDP2, overlapped"),
+    ("qwen2", "CP2"),
+    ("qwen3_moe", "PP2xEP2"),
+)
+
+STOPS = [0, 1, 3, 7, 13]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES, ids=[f"{f}-{layout}" for f, layout in CASES])
+def test_an_update_stops_at_any_micro_batch_and_begins_anew(
+    pool: Pool, tmp_path: Path, family: str, layout: str
+) -> None:
+    """In the passes of reference and old policy, and in the backward pass of the first batch."""
+    num, parallel = parity.LAYOUTS[layout]
+    policy = write_policy(tmp_path / "policy", seed=0, family=family, num_layers=4)
+    ranks = pool.run(num, stop_jobs.stopped, policy, STOPS, **parallel)
+    first, second = ranks[0]["sizes"]
+    backward = range(first + 2 * second, 2 * first + 2 * second)
+    assert 0 < STOPS[1] < first and STOPS[-1] in backward
+    for rank in ranks:
+        assert rank["sizes"] == [first, second]
+        assert rank["passed"] == STOPS
+        assert rank["untouched"] and rank["same"]
