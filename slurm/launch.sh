@@ -19,7 +19,7 @@ read_site() {
     [[ -f $site ]] || end 2 "$site: no such file; copy $here/site.example.sh there and edit it"
     CONTAINER='' MOUNTS='' MAX_RESTARTS=20 MEGATRON_SRPO=(megatron-srpo)
     prepare() { :; }
-    # shellcheck source=site.example.sh
+    # shellcheck source=/dev/null
     source "$site" || end 2 "$site: failed"
     tasks_per_node=${SLURM_NTASKS_PER_NODE:-${TASKS_PER_NODE:?is not set in $site}}
     ((SLURM_CPUS_ON_NODE >= tasks_per_node)) || end 2 "$SLURM_CPUS_ON_NODE CPUs of a node are too \

@@ -3,12 +3,17 @@
 #   task.sh LOGS PROGRAM [ARGUMENT ...]
 logs=$1
 shift
-trap : USR1 TERM # the program's own: this shell only waits for it
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
 
-"$@"
-code=$?
+# Slurm signals the processes that it has started itself (proctrack/cgroup), which is this shell. The
+# program's own helpers, such as writers of checkpoints, must not get what the program gets.
+program=''
+trap '[[ $program ]] && kill -USR1 "$program"' USR1
+trap '[[ $program ]] && kill -TERM "$program"' TERM
+"$@" &
+program=$!
+while wait "$program"; code=$?; kill -0 "$program" 2>/dev/null; do :; done
 # A file per node: on NFS, lines that several nodes append to one file can be lost.
 echo "$(date +%FT%T.%3N) $RANK $code" >>"$logs/$SLURMD_NODENAME.ends"
 case $code in

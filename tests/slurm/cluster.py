@@ -21,11 +21,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import dedent
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "setpriv")
+SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+PROGRAMS = (*SLURM, "unshare", "setpriv", "setsid")
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 # A process group of its own for each daemon; none outlives the test session, however that ends.
 TIED = ("setpriv", "--pdeathsig", "KILL")
 NAMESPACES = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+# Before a job's program. The usual proctrack/cgroup, which tests cannot have, sends signals to what
+# Slurm itself has started and to nothing below, but KILL to everything. With proctrack/pgid a
+# session of its own keeps the program from signals; KILL it gets when its parent dies.
+AS_IN_A_CGROUP = "setsid setpriv --pdeathsig KILL"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
@@ -185,7 +190,7 @@ def _configure(folder: Path, names: Sequence[str]) -> None:
         SlurmdPidFile={folder}/%n.pid
         SlurmctldLogFile={folder}/log/slurmctld.log
         SlurmdLogFile={folder}/log/%n.log
-        ProctrackType=proctrack/linuxproc
+        ProctrackType=proctrack/pgid
         TaskPlugin=task/none
         JobAcctGatherType=jobacct_gather/none
         MpiDefault=none

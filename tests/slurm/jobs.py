@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import AS_IN_A_CGROUP, Cluster, wait_for
 
 ROOT = Path(__file__).parents[2]
 RANKS = range(4)
-PROGRAM = f'"{sys.executable}" "{Path(__file__).with_name("stand_in.py")}"'
+STAND_IN = Path(__file__).with_name("stand_in.py")
+PROGRAM = f'{AS_IN_A_CGROUP} "{sys.executable}" "{STAND_IN}"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,8 @@
 
 Each rank does steps, in `run/` beside the config: `steps-RANK` has a line for each, `signals-RANK`
 for each signal; it saves after every fifth and when it is asked to stop, which takes a while, and
-goes on from there. `hold`: in the first attempt it waits before that step for a signal. `end`: that
-rank ends with that code after that step of that attempt (*: any).
+goes on from there. `hold`: there it waits for a signal, unless it has gone on from anywhere. `end`:
+that rank ends with that code after that step of that attempt (*: any).
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ signal.signal(signal.SIGUSR1, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 launched = {name: os.environ.get(name) for name in LAUNCHED}
 append("starts", json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), **launched}))
-step = int(saved.read_text()) if saved.exists() else 0
+is_resumed = saved.exists()
+step = int(saved.read_text()) if is_resumed else 0
 while step < int(settings["steps"]) and not signals:
     time.sleep(STEP_S)
-    if (settings["hold"], "0") == (str(step), attempt):
+    if settings["hold"] == str(step) and not is_resumed:
         continue
     append("steps", f"{attempt} {step}")
     step += 1

@@ -18,7 +18,8 @@ import pytest
 from megatron_srpo.__main__ import main
 from tests.e2e.small_run import write_small_run
 from tests.e2e.test_command_line import metrics
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import AS_IN_A_CGROUP, Cluster, wait_for
+from tests.slurm.jobs import PROGRAM, RANKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +66,7 @@ class Run:
 class Submitter:
     cluster: Cluster
     config: Path
+    site: Path
     capsys: pytest.CaptureFixture[str]
 
     def __call__(self, name: str, *words: str) -> Run:
@@ -84,14 +86,40 @@ def submit(
     """`megatron-srpo submit` in this process, of a small run."""
     site = tmp_path / "site.sh"
     site.write_text(
-        f'MEGATRON_SRPO=("{sys.executable}" -m megatron_srpo)\n'
+        f'MEGATRON_SRPO=({AS_IN_A_CGROUP} "{sys.executable}" -m megatron_srpo)\n'
         f'export PYTHONPATH="{ROOT}" GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\n'
         "TASKS_PER_NODE=${TASKS_PER_NODE:-1}\n"
     )
     for name, value in (cluster.environment | {"MEGATRON_SRPO_SITE": str(site)}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    return Submitter(cluster=cluster, config=write_small_run(tmp_path), capsys=capsys)
+    config = write_small_run(tmp_path)
+    return Submitter(cluster=cluster, config=config, site=site, capsys=capsys)
+
+
+def test_jobs_of_a_chain_run_one_after_the_other_and_only_the_first_has_work(
+    submit: Submitter,
+) -> None:
+    with submit.site.open("a") as site:
+        site.write(f"MEGATRON_SRPO=({PROGRAM})\nTASKS_PER_NODE=2\n")
+    assert main(["submit", str(submit.config), "--nodes=2", "--chain=2"]) == 0
+    numbers = [line.split()[-1] for line in submit.capsys.readouterr().out.splitlines()[-2:]]
+    first, second = (submit.cluster.finish(number) for number in numbers)
+    assert first["JobState"] == second["JobState"] == "COMPLETED"
+    assert first["EndTime"] <= second["StartTime"]
+    run = submit.config.parent / "run"
+    for rank in RANKS:
+        assert len((run / f"starts-{rank}").read_text().splitlines()) == 2
+        steps = (run / f"steps-{rank}").read_text().split()[1::2]
+        assert steps == [str(step) for step in range(10)]
+
+
+def test_what_slurm_refuses_is_refused_at_submission(submit: Submitter) -> None:
+    with submit.site.open("a") as site:
+        site.write("export SBATCH_PARTITION=nowhere\n")
+    assert main(["submit", str(submit.config)]) == 2
+    assert "invalid partition" in submit.capsys.readouterr().err
+    assert submit.cluster.ask("squeue", "-h", "-n", "run") == ""
 
 
 def test_a_run_that_slurm_asks_to_stop_saves_itself_and_goes_on_in_another_start(
