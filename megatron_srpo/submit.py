@@ -5,6 +5,7 @@ What the run would refuse is refused here, before the queue; slurm/ holds what t
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -60,11 +61,10 @@ def submit(
     num_processes = num_nodes * site.tasks_per_node
     plan = _train_plan if command == "train" else _eval_plan
     lines = plan(cfg, num_processes)
-    words = sbatch_words(
-        script, arguments, name=cfg.run_dir.name, num_nodes=num_nodes, tasks=site.tasks_per_node
-    )
+    name, tasks = cfg.run_dir.resolve().name, site.tasks_per_node
+    words = sbatch_words(script, arguments, name=name, num_nodes=num_nodes, tasks=tasks)
     print(dump_config(cfg))
-    print(f"{num_nodes} nodes x {site.tasks_per_node} = {num_processes} processes")
+    print(f"{num_nodes} nodes x {tasks} = {num_processes} processes")
     print("\n".join(lines))
     print(" ".join([*site.options, shlex.join(words)]), flush=True)
     for _ in range(0 if is_dry else num_jobs):
@@ -81,11 +81,11 @@ def read_site(scripts: Path, environment: Mapping[str, str]) -> Site:
         ["bash", "-c", program, "site", str(scripts), str(path.absolute())],
         env=environment,
         capture_output=True,
-        text=True,
     )
     if done.returncode:
-        raise InputError(f"{path}: {' '.join(done.stderr.split()) or 'its last command failed'}")
-    lines = (entry.partition("=") for entry in done.stdout.split("\0") if entry)
+        said = " ".join(os.fsdecode(done.stderr).split())
+        raise InputError(f"{path}: {said or 'its last command failed'}")
+    lines = (os.fsdecode(entry).partition("=") for entry in done.stdout.split(b"\0") if entry)
     exported = {name: value for name, _, value in lines}
     tasks = exported.get("TASKS_PER_NODE", "")
     if not tasks.isdigit() or not int(tasks):
@@ -113,11 +113,14 @@ def sbatch_words(
 
 
 def _sbatch(words: Sequence[str], site: Site) -> str:
-    LOGS.mkdir(exist_ok=True)
     try:
+        LOGS.mkdir(exist_ok=True)
         done = subprocess.run(words, env=site.environment, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise InputError("sbatch: not found; submit where Slurm is, or give --dry-run") from error
+    except OSError as error:
+        raise InputError(
+            f"{error.filename}: {error.strerror}; submit where Slurm is, from a folder that can be "
+            "written to, or give --dry-run"
+        ) from error
     if done.returncode:
         raise InputError(" ".join(done.stderr.split()))
     return done.stdout.strip()

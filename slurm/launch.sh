@@ -1,7 +1,6 @@
 #!/bin/bash
 # What a batch job does: one task per GPU, signals passed on, and another start where one helps.
 #   launch.sh train|eval CONFIG [key=value ...]
-set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 attempt=${SLURM_RESTART_COUNT:-0}
@@ -52,14 +51,13 @@ make_command() { # sets `command`: what srun starts
 
 # In the background: bash runs a trap only between commands, and `wait` is one that it interrupts.
 run_tasks() { # returns srun's exit code
-    local code
     srun --ntasks=$((SLURM_JOB_NUM_NODES * tasks_per_node)) --ntasks-per-node="$tasks_per_node" \
         --cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks_per_node)) --mpi=none \
         --kill-on-bad-exit=1 --label --open-mode=append --output="$logs/%N.log" \
         "${command[@]}" "$@" &
     step=$!
-    while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
-    return "$code"
+    while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done
+    wait "$step" # the last one may have been interrupted by a signal too
 }
 
 find_cause() { # SRUN_CODE: sets `cause` to the exit code of the program that explains the step's end
@@ -72,8 +70,11 @@ find_cause() { # SRUN_CODE: sets `cause` to the exit code of the program that ex
 }
 
 requeue() { # exits
-    local record
-    record=$(scontrol show job "$SLURM_JOB_ID")
+    local record tries=0
+    until record=$(scontrol show job "$SLURM_JOB_ID"); do # the controller may be down for a while
+        ((++tries < 60)) || end "$cause" "the controller does not answer"
+        sleep 10
+    done
     # Not what was cancelled or has passed its time limit, nor what Slurm has requeued by itself:
     # this shell may even have outlived its attempt, on a node that was given up for dead.
     [[ $record == *"JobState=RUNNING "* && $record == *"Restarts=$attempt "* ]] ||

@@ -13,7 +13,9 @@ trap '[[ $program ]] && kill -USR1 "$program"' USR1
 trap '[[ $program ]] && kill -TERM "$program"' TERM
 "$@" &
 program=$!
-while wait "$program"; code=$?; kill -0 "$program" 2>/dev/null; do :; done
+while wait "$program"; kill -0 "$program" 2>/dev/null; do :; done
+wait "$program" # the last one may have been interrupted by a signal too
+code=$?
 # A file per node: on NFS, lines that several nodes append to one file can be lost.
 echo "$(date +%FT%T.%3N) $RANK $code" >>"$logs/$SLURMD_NODENAME.ends"
 case $code in

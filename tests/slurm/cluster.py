@@ -9,6 +9,7 @@ Needs Debian's slurmctld, slurmd, slurm-client and munge (22.05 in Debian 12); n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import random
@@ -147,21 +148,23 @@ def wait_for(what: str, is_so: Callable[[], bool], *, seconds: float = 20) -> No
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def _user() -> str:
     return pwd.getpwuid(os.geteuid()).pw_name
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def _free_ports(count: int) -> range:
+    """Below those that the kernel gives to connections: one of them could take a free one before a
+    daemon does."""
+    while True:
+        first = random.randrange(10000, 20000 - count)
+        ports = range(first, first + count)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in ports:
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return ports
 
 
 def _configure(folder: Path, names: Sequence[str]) -> None:
@@ -169,7 +172,8 @@ def _configure(folder: Path, names: Sequence[str]) -> None:
     hosts = ["localhost", *names]
     (folder / "hosts").write_text("".join(f"127.0.0.1 {host}\n" for host in hosts))
     nodes = [
-        f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000"
+        f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=4 "
+        "RealMemory=8000 Gres=gpu:2"
         for name, port in zip(names, ports, strict=True)
     ]
     # Jobs' numbers choose their ports: sessions side by side must not share them.
@@ -200,6 +204,7 @@ def _configure(folder: Path, names: Sequence[str]) -> None:
         SelectTypeParameters=CR_Core_Memory
         DefMemPerCPU=100
         SlurmdParameters=config_overrides
+        GresTypes=gpu
         AccountingStorageType=accounting_storage/none
         JobCompType=jobcomp/none
         SchedulerType=sched/backfill
@@ -216,6 +221,9 @@ def _configure(folder: Path, names: Sequence[str]) -> None:
         PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=20
         PartitionName=urgent Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
         """
+    # Slurm asks only whether they are devices.
+    devices = "".join(f"Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero"))
+    (folder / "gres.conf").write_text(f"AutoDetect=off\n{devices}")
     (folder / "slurm.conf").write_text(dedent(settings) + "\n".join(nodes) + "\n")
     # 22.05 does not know `disabled`, later versions need it where there is no systemd.
     said = subprocess.run(["slurmd", "-V"], env={"PATH": SEARCH}, capture_output=True, text=True)

@@ -19,7 +19,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 STEP_S, SAVE_S = 0.1, 1.5
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 rank, attempt = os.environ["RANK"], os.environ.get("SLURM_RESTART_COUNT", "0")
 settings = {"steps": "10", "hold": "", "end": ""} | dict(
@@ -45,7 +52,7 @@ def on_signal(number: int, _: object) -> None:
 
 signal.signal(signal.SIGUSR1, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
-launched = {name: os.environ.get(name) for name in LAUNCHED}
+launched = {name: os.environ.get(name) for name in (*LAUNCHED, "CUDA_VISIBLE_DEVICES")}
 append("starts", json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), **launched}))
 is_resumed = saved.exists()
 step = int(saved.read_text()) if is_resumed else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_srpo.__main__ import main
@@ -22,6 +24,7 @@ from tests.slurm.cluster import AS_IN_A_CGROUP, Cluster, wait_for
 from tests.slurm.jobs import PROGRAM, RANKS
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = "megatron_srpo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,7 @@ class Run:
     number: str
 
     def wait_for_step(self, step: int) -> None:
-        wait_for(f"step {step}", lambda: step in self.steps(), seconds=180)
+        wait_for(f"step {step}", lambda: step in self.steps(), seconds=400)
 
     def steps(self) -> list[int]:
         path = self.folder / "metrics.jsonl"
@@ -52,7 +55,7 @@ class Run:
         return datetime.fromisoformat(line.split()[0]).timestamp()
 
     def finish(self) -> None:
-        record = self.cluster.finish(self.number, seconds=400)
+        record = self.cluster.finish(self.number, seconds=900)
         logs = "".join(path.read_text() for path in Path("logs").glob(f"*-{self.number}/*/*.log"))
         assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0"), self.said + logs
 
@@ -86,7 +89,7 @@ def submit(
     """`megatron-srpo submit` in this process, of a small run."""
     site = tmp_path / "site.sh"
     site.write_text(
-        f'MEGATRON_SRPO=({AS_IN_A_CGROUP} "{sys.executable}" -m megatron_srpo)\n'
+        f'MEGATRON_SRPO=({AS_IN_A_CGROUP} "{sys.executable}" -m {PACKAGE})\n'
         f'export PYTHONPATH="{ROOT}" GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\n'
         "TASKS_PER_NODE=${TASKS_PER_NODE:-1}\n"
     )
@@ -142,7 +145,7 @@ def test_a_run_that_was_stopped_requeued_and_killed_is_the_undisturbed_one(
 ) -> None:
     """Prints (pytest -s) the seconds from signal to saved, and from requeue to the next step."""
     monkeypatch.setenv("TASKS_PER_NODE", "2")
-    words = ("--nodes=2", "num_steps=16", "parallel.tp=2", "checkpoint.every=3")
+    words = ("--nodes=2", "num_steps=12", "parallel.tp=2", "checkpoint.every=3")
     calm = submit("calm", *words)
     calm.finish()
 
@@ -150,7 +153,7 @@ def test_a_run_that_was_stopped_requeued_and_killed_is_the_undisturbed_one(
     run.wait_for_step(2)
     asked = time.time()
     run.cluster.ask("scancel", "--batch", "--signal=USR1", run.number)
-    wait_for("requeue", lambda: "is requeued" in run.said)
+    wait_for("requeue", lambda: "is requeued" in run.said, seconds=180)
     newest = max((run.folder / "checkpoints").glob("*/manifest.json"))
     saved, step = newest.stat().st_mtime, max(run.steps())
     run.wait_for_step(step + 1)
@@ -174,10 +177,9 @@ def test_a_run_that_was_stopped_requeued_and_killed_is_the_undisturbed_one(
 def kill_a_rank(run: Run) -> None:
     """kill -9, of any one that trains in this run's folder."""
     found = subprocess.run(["pgrep", "-f", f"run_dir={run.folder}"], capture_output=True, text=True)
-    command = {
-        number: Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
-        for number in map(int, found.stdout.split())
-    }
-    ranks = [number for number, words in command.items() if b"megatron_srpo" in words[2:3]]
-    assert len(ranks) == 4, command
-    os.kill(ranks[-1], signal.SIGKILL)
+    processes = {int(number): psutil.Process(int(number)) for number in found.stdout.split()}
+    pythons = {number for number, p in processes.items() if p.cmdline()[1:3] == ["-m", PACKAGE]}
+    # Not a rank's helpers, which are copies of it.
+    ranks = [number for number in pythons if processes[number].ppid() not in pythons]
+    assert len(ranks) == 4, processes
+    os.kill(random.choice(ranks), signal.SIGKILL)

@@ -15,7 +15,8 @@ from tests.slurm.jobs import RANKS, Outcome, Outcomes, Scenario, begin, played
 
 
 def undisturbed(cluster: Cluster, folder: Path) -> Outcome:
-    return begin(cluster, folder, "eval.pass_at=[1,2]", "reward=a b.py:*", "steps=10").finish()
+    words = ("eval.pass_at=[1,2]", "reward=a b.py:*", "steps=10")
+    return begin(cluster, folder, *words, options=("--gpus-per-node=2",)).finish()
 
 
 def asked_to_stop(cluster: Cluster, folder: Path) -> Outcome:
@@ -135,6 +136,8 @@ def test_a_job_starts_a_task_per_gpu_with_the_words_of_its_command_line(outcomes
     assert [start["cwd"] for start in starts] == [str(outcome.job.folder)] * 4
     places = [(start["RANK"], start["LOCAL_RANK"], start["WORLD_SIZE"]) for start in starts]
     assert places == [("0", "0", "4"), ("1", "1", "4"), ("2", "0", "4"), ("3", "1", "4")]
+    # Each task sees all GPUs of its node, which NCCL wants, and takes the one of its local rank.
+    assert {start["CUDA_VISIBLE_DEVICES"] for start in starts} == {"0,1"}
     meetings = {(start["MASTER_ADDR"], start["MASTER_PORT"]) for start in starts}
     assert meetings == {("127.0.0.1", str(20000 + int(outcome.job.number) % 10000))}
 
