@@ -9,8 +9,8 @@ ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
 # Slurm signals the processes that it has started itself (proctrack/cgroup), which is this shell. The
 # program's own helpers, such as writers of checkpoints, must not get what the program gets.
 program=''
-trap '[[ $program ]] && kill -USR1 "$program"' USR1
-trap '[[ $program ]] && kill -TERM "$program"' TERM
+trap '[[ $program ]] && kill -USR1 "$program" 2>/dev/null' USR1
+trap '[[ $program ]] && kill -TERM "$program" 2>/dev/null' TERM
 "$@" &
 program=$!
 while wait "$program"; kill -0 "$program" 2>/dev/null; do :; done

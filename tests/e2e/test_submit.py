@@ -87,6 +87,17 @@ def test_an_evaluation_has_its_own_script_and_plan(
     assert "/slurm/eval.sbatch " in command
 
 
+def test_the_example_of_a_site_file_is_one(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = Path(__file__).parents[2] / "slurm" / "site.example.sh"
+    monkeypatch.setenv("MEGATRON_SRPO_SITE", str(example))
+    assert main(["submit", str(config), "algorithm.num_prompts=8", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "1 nodes x 8 = 8 processes" in said
+    assert "\nSBATCH_EXCLUSIVE=exclusive SBATCH_GPUS_PER_NODE=8 SBATCH_MEM_PER_NODE=0 " in said
+
+
 def test_what_the_run_would_refuse_is_refused_before_the_queue(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
