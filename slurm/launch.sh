@@ -26,6 +26,15 @@ few for $tasks_per_node tasks: give sbatch --exclusive, or --ntasks-per-node"
     prepare
 }
 
+# A singleton starts as soon as the one before it is told to end: that one may still be saving.
+wait_for_namesakes() {
+    local tries
+    for ((tries = 0; tries < 60; tries++)); do
+        [[ $(squeue -h -u "$SLURM_JOB_USER" -n "$SLURM_JOB_NAME" -t COMPLETING -o %i) ]] || return
+        sleep 2
+    done
+}
+
 set_environment() { # the tasks inherit it
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -96,6 +105,7 @@ mkdir -p "$logs"
 set_environment
 make_command
 say "$SLURM_JOB_NODELIST, $tasks_per_node tasks each, $MASTER_ADDR:$MASTER_PORT; logs in $logs"
+wait_for_namesakes
 run_tasks "$@"
 srun_code=$?
 find_cause "$srun_code"

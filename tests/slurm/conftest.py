@@ -15,7 +15,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing := missing_programs():
         pytest.skip(f"no {', '.join(missing)}: install slurmctld slurmd slurm-client munge")
     folder: Path = tmp_path_factory.mktemp("slurm")
-    cluster = Cluster(folder, num_nodes=28)
+    cluster = Cluster(folder, num_nodes=32)
     try:
         cluster.start()
         yield cluster

@@ -52,6 +52,15 @@ def cancelled(cluster: Cluster, folder: Path) -> Outcome:
     return job.finish()
 
 
+def chained(cluster: Cluster, folder: Path) -> Outcome:
+    """Two jobs of one name; the first is cancelled."""
+    job = begin(cluster, folder, "steps=20", "hold=12", options=("--dependency=singleton",))
+    again = job.submit_again()
+    job.wait_for_step(11)
+    cluster.ask("scancel", job.number)
+    return again.finish()
+
+
 def broken_once(cluster: Cluster, folder: Path) -> Outcome:
     return begin(cluster, folder, "steps=20", "hold=12", "end=3:10:0:1").finish()
 
@@ -113,7 +122,7 @@ def in_pyxis(cluster: Cluster, folder: Path) -> Outcome:
 
 SCENARIOS = (
     preempted, broken_always, asked_to_stop, requeued, broken_once, alarmed, refusing, undisturbed,
-    cancelled, without_site, evaluating, in_apptainer, in_pyxis,
+    cancelled, chained, without_site, evaluating, in_apptainer, in_pyxis,
 )  # fmt: skip
 
 
@@ -166,6 +175,10 @@ def test_a_stopped_job_goes_on_where_it_was(outcomes: Outcomes, play: Scenario, 
 def test_a_cancelled_job_stays_cancelled(outcomes: Outcomes) -> None:
     outcome = outcomes[cancelled].result()
     assert outcome.state == "CANCELLED" and outcome.attempts == 1, outcome.said
+
+
+def test_the_next_of_a_chain_waits_until_the_one_before_has_saved(outcomes: Outcomes) -> None:
+    outcomes[chained].result().check_whole(steps=20, attempts=1)
 
 
 def test_a_rank_that_breaks_ends_the_others_and_the_job_is_started_again(
