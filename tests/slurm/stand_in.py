@@ -18,7 +18,6 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
-STEP_S, SAVE_S = 0.1, 1.5
 LAUNCHED = (
     "RANK",
     "LOCAL_RANK",
@@ -57,7 +56,7 @@ append("starts", json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), **launche
 is_resumed = saved.exists()
 step = int(saved.read_text()) if is_resumed else 0
 while step < int(settings["steps"]) and not signals:
-    time.sleep(STEP_S)
+    time.sleep(step_s)
     if settings["hold"] == str(step) and not is_resumed:
         continue
     append("steps", f"{attempt} {step}")
@@ -69,7 +68,7 @@ while step < int(settings["steps"]) and not signals:
         print(f"ends with {code}")
         sys.exit(int(code))
 if signals:
-    time.sleep(SAVE_S)
+    time.sleep(save_s)
     saved.write_text(str(step))
     sys.exit(75)
 print("done")

@@ -70,7 +70,7 @@ def broken_always(cluster: Cluster, folder: Path) -> Outcome:
 
 
 def refusing(cluster: Cluster, folder: Path) -> Outcome:
-    return begin(cluster, folder, "end=[0-3]:1:*:2").finish()
+    return begin(cluster, folder, "end=[0-3]:9:*:2").finish()
 
 
 def alarmed(cluster: Cluster, folder: Path) -> Outcome:
