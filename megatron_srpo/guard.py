@@ -76,6 +76,8 @@ class Guard:
         self._watchdog, self._log = watchdog, log
         self.asked_by: str | None = None
         """What asked the run to stop."""
+        self.asked_at = 0.0
+        """When this rank heard of it, by `time.monotonic`."""
         self._first_signal: float | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="guard", daemon=True)
@@ -126,6 +128,7 @@ class Guard:
 
     def _look(self) -> None:
         if self.asked_by is None and self._store.check(["stop/asked"]):
+            self.asked_at = time.monotonic()
             self.asked_by = self._store.get("stop/asked").decode()
             self._points.agree(self._exchange)
         phase = self._stopwatch.current

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,8 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
         except StopRequested:
             with run.stopwatch.phase("checkpoint"):
                 save(run, folder)
-            telemetry.say(f"stopped by {guard.asked_by}, and saved; the same command goes on")
+            seconds = time.monotonic() - guard.asked_at
+            telemetry.say(f"stopped by {guard.asked_by}, saved after {seconds:.1f} s")
             return False
         run.checkpoints.finish()
         if mesh.rank == 0:

@@ -20,16 +20,22 @@ from tests.tiny import random_samples
 FAR = Point(10**6, 0)
 
 
-def stopped(mesh: Mesh, policy: Path, stops: list[int]) -> dict[str, Any]:
-    """An update of two batches, begun anew after it was stopped at each of the micro-batches
-    `stops`, passes of the reference included; and the same by a learner that nobody stops."""
+def stopped(mesh: Mesh, policy: Path) -> dict[str, Any]:
+    """An update of two batches, begun anew after it was stopped at several micro-batches, and the
+    same by a learner that nobody stops.
+
+    Points are, in this order: both batches under the reference, the second under the old policy,
+    and the first with gradients.
+    """
     points = Colocation.on(mesh).points
     learner, calm = build(policy, mesh, points), build(policy, mesh, StopPoints())
     samples = [replace(s, turn=i % 2) for i, s in enumerate(random_samples(10, seed=4))]
     batches = [shared(turn, mesh, max_tokens=30) for turn in mini_batches(samples, 2)]
-    found: dict[str, Any] = {"sizes": [len(batch.micro_batches) for batch in batches]}
+    first, second = (len(batch.micro_batches) for batch in batches)
+    assert first > 1
+    stops = [0, 1, first + second, first + 2 * second, first + 2 * second + 1]
+    found: dict[str, Any] = {"asked": stops, "passed": []}
     before = exported(learner)
-    found["passed"] = []
     for index in stops:
         ask(points, Point(points._section + 1, index))
         try:

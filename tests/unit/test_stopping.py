@@ -110,7 +110,7 @@ class Cluster:
                 points.meet()
                 self.world.wait(10)
                 with points.section(is_joint=True):
-                    if not all([points.passes(index) for index in range(8)]):
+                    if not all(points.passes(index) for index in range(8)):
                         raise StopRequested
                 self.world.wait(10)
         except StopRequested:

@@ -41,9 +41,9 @@ class CheckpointWriter:
         self._learner, self._asynchronous = learner, asynchronous
         self._queue = AsyncCallsQueue()
 
-    def begin(self, folder: Path) -> None:
-        """Into an empty folder. Comes back when the state is copied; if not asynchronous, when it
-        is written. Raises `AlarmError` if it could not be."""
+    def begin(self, folder: Path, *, wait: bool = False) -> None:
+        """Into an empty folder. Comes back when the state is copied; if it is to wait, or not
+        asynchronous, when it is written. Raises `AlarmError` if it could not be."""
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(), _copies_group()
         )
@@ -53,7 +53,7 @@ class CheckpointWriter:
             strategy,
             async_sharded_save=True,
         )
-        if self._asynchronous:
+        if self._asynchronous and not wait:
             self._queue.schedule_async_request(request)
             return
         try:
