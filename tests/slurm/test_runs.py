@@ -128,7 +128,7 @@ def test_what_slurm_refuses_is_refused_at_submission(submit: Submitter) -> None:
 def test_a_run_that_slurm_asks_to_stop_saves_itself_and_goes_on_in_another_start(
     submit: Submitter,
 ) -> None:
-    run = submit("run", "--nodes=2", "num_steps=10")
+    run = submit("run", "--nodes=2", "num_steps=10", "eval.every=10")
     run.wait_for_step(1)
     run.cluster.ask("scancel", "--batch", "--signal=USR1", run.number)
     run.finish()
