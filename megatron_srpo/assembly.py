@@ -44,6 +44,7 @@ class Run:
     mesh: Mesh
     data: PromptSource
     collect: Collect
+    reward: LeaderReward
     credit: CreditRule
     auxiliary: Callable[[int], list[Sample]]
     """step -> samples of losses beside the policy loss"""
@@ -71,10 +72,11 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
     learner = build_learner(cfg, mesh, points)
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype, before_step=points.step)
     completions = KeepingGenerator(engine=engine, known=read_kept(RunFolder(cfg.run_dir).kept))
+    reward = LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh)
     roles = Roles(
         generator=TimedGenerator(completions, stopwatch),
         tokenizer=inputs.tokenizer,
-        reward=LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh),
+        reward=reward,
         rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
     replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
@@ -90,6 +92,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         mesh=mesh,
         data=data,
         collect=collect,
+        reward=reward,
         credit=inputs.credit,
         auxiliary=auxiliary_samples(cfg, inputs, replica),
         record=journal.write if mesh.is_leader else _record_nothing,

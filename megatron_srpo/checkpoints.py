@@ -68,7 +68,7 @@ class Checkpoints:
         """What the last whole step has left, unless it is there; comes back when it is on disk."""
         self._publish(wait=True)
         if self._newest < self._done:
-            self._begin()
+            self._begin(wait=True)
             self._publish(wait=True)
 
     def finish(self) -> None:
@@ -83,7 +83,7 @@ class Checkpoints:
         self._done = self._newest = state.step
         self._position = state.data
 
-    def _begin(self) -> None:
+    def _begin(self, *, wait: bool = False) -> None:
         step = self._done
         partial = partial_place(self._folder, step)
         state = RunState(step=step, data=self._position, layout=self._layout())
@@ -98,7 +98,7 @@ class Checkpoints:
             state.write(partial)
 
         self._on_first_rank(prepare)
-        self._writer.begin(megatron_part(partial))
+        self._writer.begin(megatron_part(partial), wait=wait)
         self._open = step
 
     def _publish(self, *, wait: bool) -> None:

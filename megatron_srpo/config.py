@@ -310,7 +310,10 @@ class Config(Section):
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
     reward: str = "boxed"
     """last_line, boxed: where the response's answer stands, to be compared with `answer` as text;
-    or your own reward, FILE.py:FUNCTION."""
+    or your own reward, FILE.py:FUNCTION, which runs in a process of its own."""
+    reward_timeout_s: Positive = 60.0
+    """For one response, in seconds. A reward of yours that takes longer, or whose process dies, is
+    asked once more; then the response has no verdict."""
     data: DataConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     thoughts: ThoughtConfig = ThoughtConfig()
@@ -346,6 +349,15 @@ class Config(Section):
             raise ValueError(
                 f"thoughts.max_tokens={self.thoughts.max_tokens} is more than a whole response, "
                 f"rollout.max_response_tokens={self.rollout.max_response_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_reward_is_given_up_before_the_run(self) -> Config:
+        if 2 * self.reward_timeout_s >= self.deadlines.reward_s:
+            raise ValueError(
+                f"deadlines.reward_s={self.deadlines.reward_s:g} must be longer than two attempts "
+                f"of reward_timeout_s={self.reward_timeout_s:g}"
             )
         return self
 

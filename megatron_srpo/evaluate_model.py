@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from megatron_srpo.config import Config
-from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh
+from megatron_srpo.engines.megatron.mesh import destroy_mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import Attempt, attempt_sums, evaluate, pass_at
 from megatron_srpo.inputs import EvalInputs
 from megatron_srpo.metrics import combine
-from megatron_srpo.replica import LeaderReward
+from megatron_srpo.preflight import checked_mesh
+from megatron_srpo.replica import MOST_LINES, LeaderReward
 
 
 def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> None:
     """Prints one line of JSON, and one for people on stderr; writes every response to `out`."""
-    mesh = build_mesh(rollout_tp=cfg.rollout.tp)
+    mesh = checked_mesh(rollout_tp=cfg.rollout.tp)
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
     share = evaluate(
         inputs.held_out[mesh.replica :: mesh.num_replicas],
@@ -46,6 +47,9 @@ def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> 
         if out is not None:
             _write(attempts, out)
         metrics = _metrics(attempts, cfg)
+        failed = {a.prompt_id: a.score.failure for a in attempts if a.score.failure is not None}
+        for prompt_id, failure in [*failed.items()][:MOST_LINES]:
+            print(f"the reward of prompt {prompt_id!r} failed: {failure}", file=sys.stderr)
         print(summary(metrics, cfg, num_dropped=len(inputs.dropped)), file=sys.stderr)
         print(json.dumps({"model": str(cfg.model), **metrics}))
 

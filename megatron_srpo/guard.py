@@ -29,6 +29,7 @@ from torch.distributed import DistError
 
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.preflight import node_name
 from megatron_srpo.stopping import Point, Position, first_unpassed
 from megatron_srpo.types import AlarmError, InputError
 from megatron_srpo.watchdog import Watchdog, stacks
@@ -77,6 +78,8 @@ class Guard:
         self.asked_by: str | None = None
         """What asked the run to stop."""
         self._heard: Trouble | None = None
+        self.asked_at = 0.0
+        """When this rank heard of it, by `time.monotonic`."""
         self._first_signal: float | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="guard", daemon=True)
@@ -137,6 +140,7 @@ class Guard:
 
     def _look(self) -> None:
         if self.asked_by is None and self._store.check(["stop/asked"]):
+            self.asked_at = time.monotonic()
             self.asked_by = self._store.get("stop/asked").decode()
             self._points.agree(self._exchange)
         phase = self._stopwatch.current
@@ -171,9 +175,7 @@ class Guard:
 
     def _report(self, reason: str, code: int, *, hangs: bool = False) -> Trouble:
         """The first trouble counts: which that is."""
-        own = Trouble(
-            rank=self._rank, node=socket.gethostname(), reason=reason, code=code, hangs=hangs
-        )
+        own = Trouble(rank=self._rank, node=node_name(), reason=reason, code=code, hangs=hangs)
         first = self._store.compare_set("trouble", "", json.dumps(asdict(own)))
         return Trouble(**json.loads(first))
 

@@ -6,15 +6,20 @@ A reward may be a service or a clock, a rule may read a file: only the leader ru
 
 from __future__ import annotations
 
-import math
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.protocols import Generator, ResetRule, Reward
+from megatron_srpo.rewards.verdict import checked, described
 from megatron_srpo.stopping import StopRequested
 from megatron_srpo.types import AlarmError, Completion, Prompt, Request, Reset, Rollout, Score
+
+LOG = logging.getLogger(__name__)
+MOST_LINES = 20
+"""About failed rewards at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +28,8 @@ class LeaderReward:
 
     reward: Reward
     mesh: Mesh
+    failures: list[str] = field(default_factory=list)
+    """On the leader: which prompts' rewards could not be computed, and why, until told."""
 
     def __call__(self, prompt: Prompt, response: str) -> Score:
         """Raises `AlarmError` on every rank of the replica if the leader's reward raises, or gives
@@ -30,21 +37,25 @@ class LeaderReward:
         score: Score | None = None
         try:
             if self.mesh.is_leader:
-                score = _checked(self.reward(prompt, response))
+                score = checked(self.reward(prompt, response))
         finally:  # whatever was raised: the other ranks wait for a word
             score, failure = self.mesh.share((score, _what_is_raised()))
             if failure is not None and not _is_leaving():
                 raise AlarmError(f"the reward of prompt {prompt.id!r} raised {failure}")
         assert score is not None, "the leader said neither a score nor what was wrong"
+        if score.failure is not None and self.mesh.is_leader:
+            self.failures.append(f"the reward of prompt {prompt.id!r} failed: {score.failure}")
         return score
 
-
-def _checked(score: Score) -> Score:
-    if not isinstance(score, Score):
-        raise TypeError(f"it must give a Score, not {score!r}")
-    if not math.isfinite(score.value):
-        raise ValueError(f"the value of a Score must be finite, not {score.value}")
-    return Score(value=float(score.value), correct=bool(score.correct), failure=score.failure)
+    def tell_failures(self) -> None:
+        """Collective over all replicas: the first rank's log names those since the last call."""
+        told = [line for share in self.mesh.gather(self.failures) for line in share]
+        self.failures.clear()
+        if self.mesh.rank == 0:
+            for line in told[:MOST_LINES]:
+                LOG.warning(line)
+            if len(told) > MOST_LINES:
+                LOG.warning(f"... and {len(told) - MOST_LINES} more, which the journal names")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +116,7 @@ class Announced:
 def _what_is_raised() -> str | None:
     """In one line: an exception need not survive the way to another rank."""
     error = sys.exception()
-    return None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None if error is None else described(error)
 
 
 def _is_leaving() -> bool:

@@ -25,8 +25,9 @@ from megatron_srpo.staging import leftovers
 from megatron_srpo.types import InputError
 
 MAY_DIFFER = (
-    "run_dir", "max_logprob_diff", "parallel", "micro_batch_tokens", "rollout.tp",
-    "rollout.max_num_seqs", "rollout.kv_cache_bytes", "checkpoint", "deadlines", "log", "sft",
+    "run_dir", "max_logprob_diff", "parallel", "micro_batch_tokens", "reward_timeout_s",
+    "rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_bytes", "checkpoint", "deadlines",
+    "log", "sft",
 )  # fmt: skip
 """What changes neither what is drawn nor what is learned."""
 

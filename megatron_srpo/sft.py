@@ -16,10 +16,11 @@ from megatron_srpo.claim import claimed
 from megatron_srpo.config import Config, LossConfig, SftConfig
 from megatron_srpo.data import EpochOrder, demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
-from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
+from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh
 from megatron_srpo.exchange import exchange
 from megatron_srpo.export import save_hf
 from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.preflight import checked_mesh
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.stopwatch import Stopwatch
@@ -33,7 +34,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
     """Train `sft.model` on the demonstrations; writes `<sft.run_dir>/hf`."""
     assert cfg.sft is not None, "checked when the demonstrations were read"
     folder = RunFolder(cfg.sft.run_dir)
-    mesh = build_mesh(cfg.parallel)
+    mesh = checked_mesh(cfg.parallel, run_dir=cfg.sft.run_dir)
 
     def begin() -> None:
         folder.check_free()

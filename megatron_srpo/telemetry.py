@@ -80,7 +80,7 @@ class Telemetry:
         first_step: int = 0,
     ) -> None:
         """`first_step` is above 0 where an earlier process has done the steps before it."""
-        self._first_step = first_step
+        self._first_step = self._step = first_step
         self._folder, self._cfg, self._name = folder, cfg, name
         self._num_steps, self._stopwatch = num_steps, stopwatch
         self._began = time.perf_counter()
@@ -148,6 +148,7 @@ class Telemetry:
         """One line of metrics.jsonl; `summary` is what the terminal shows of it.
 
         Raises `AlarmError` if the disk refuses the line."""
+        self._step = step + 1
         if self._folder is None:
             return
         # Before any checkpoint of what is behind this step: no crash leaves a gap.
@@ -181,6 +182,9 @@ class Telemetry:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
+        if error is not None:
+            error.add_note(f"{self._name}: in step {self._step} of {self._num_steps}, from 0")
         if self._folder is not None and error is not None:
-            self._log.write("".join([f"stopped: {error}\n", *traceback.format_exception(error)]))
+            self._log.write(f"stopped in step {self._step}: {error}\n")
+            self._log.write("".join(traceback.format_exception(error)))
         self._exits.close()

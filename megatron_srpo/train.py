@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,13 @@ from megatron_srpo.batching import mini_batches
 from megatron_srpo.claim import claimed
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
-from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh
+from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh
 from megatron_srpo.export import save_hf
 from megatron_srpo.guard import Guard
 from megatron_srpo.inputs import Inputs
 from megatron_srpo.kept import write_kept
 from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
+from megatron_srpo.preflight import checked_mesh
 from megatron_srpo.resume import begin
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopping import StopRequested
@@ -31,7 +33,7 @@ from megatron_srpo.watchdog import Watchdog
 def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> bool:
     """Run the config, from where its run folder has come to; or, with `replay`, train on the
     rollouts in that run's folder. Whether it came to the end: it may have been asked to stop."""
-    mesh = build_mesh(cfg.parallel, rollout_tp=cfg.rollout.tp)
+    mesh = checked_mesh(cfg.parallel, rollout_tp=cfg.rollout.tp, run_dir=cfg.run_dir)
     is_finished = train_on(mesh, cfg, inputs, replay)
     destroy_mesh()
     return is_finished
@@ -79,8 +81,10 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
         except StopRequested:
             with run.stopwatch.phase("checkpoint"):
                 save(run, folder)
-            telemetry.say(f"stopped by {guard.asked_by}, and saved; the same command goes on")
+            seconds = time.monotonic() - guard.asked_at
+            telemetry.say(f"stopped by {guard.asked_by}, saved after {seconds:.1f} s")
             return False
+        run.reward.tell_failures()
         run.checkpoints.finish()
         if mesh.rank == 0:
             shutil.rmtree(folder.kept, ignore_errors=True)
@@ -153,7 +157,8 @@ def meant(stats: dict[str, float], cfg: Config) -> dict[str, float]:
 
 
 def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
-    """All replicas' rollouts, and this process's time and memory."""
+    """All replicas' rollouts, and this process's time and memory. The log names failed rewards."""
+    run.reward.tell_failures()
     sums = rollout_sums(groups, run.cfg) | evaluated
     metrics = of_replicas(sums, run.mesh)
     seconds = run.stopwatch.take()

@@ -166,9 +166,12 @@ def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
 
 
 PARITY = """
+import os
 from megatron_srpo.types import Score
 
 def parity(prompt, response):
+    if response.endswith("7") and prompt.id == "held_out7":
+        os._exit(7)
     is_odd = sum(map(int, filter(str.isdigit, response))) % 2 == 1
     failure = "ends with a seven" if response.endswith("7") else None
     return Score(value=float(is_odd), correct=is_odd, failure=failure)
@@ -191,6 +194,10 @@ def test_evaluating_the_exported_folder_says_what_the_run_s_last_line_says(folde
     assert before.keys() == after.keys() and before != after
     assert 0 < after["pass_at_1"] < after["pass_at_2"] < 1
     assert after["failure_rate"] > 0
+    log = (run / "log.txt").read_text()
+    assert "the reward of prompt 'train0' failed: ends with a seven" in log
+    died = "the reward of prompt 'held_out7' failed: its process ended with exit code 7, twice"
+    assert died in log and died in lines
 
 
 def test_wandb_offline_and_tensorboard_are_written_when_asked_for(folder: Path) -> None:

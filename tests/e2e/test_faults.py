@@ -1,11 +1,14 @@
-"""Each way in which the two engines can come apart turns the run red within one step."""
+"""Each way in which the two engines can come apart, or one fail, ends the run within one step."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,8 +82,9 @@ def _rewarded(run: Run) -> Collect:
 
 
 def go(run: Run) -> None:
-    RunFolder(run.cfg.run_dir).create(run.cfg)
-    with Telemetry(None, run.cfg.log, name="", num_steps=1, stopwatch=Stopwatch()) as telemetry:
+    folder, watch = RunFolder(run.cfg.run_dir), Stopwatch()
+    folder.create(run.cfg)
+    with Telemetry(folder, run.cfg.log, name="a run", num_steps=1, stopwatch=watch) as telemetry:
         loop(run, telemetry)
 
 
@@ -103,3 +107,41 @@ def test_a_fault_turns_the_run_red_within_one_step(
     with pytest.raises(AlarmError, match=message) as alarm:
         go(fault(run))
     print(f"\n{fault.__name__}: {alarm.value}")  # pytest -s shows by how much
+
+
+def hook_the_engine_s_model(run: Run, hook: Callable[..., Any]) -> Run:
+    """`hook(number of this pass, output)` stands for what the model gives; no evaluation."""
+    count = itertools.count()
+
+    def install(worker: Any) -> None:
+        model = worker.model_runner.get_model()
+        model.register_forward_hook(lambda _, __, output: hook(next(count), output))
+
+    run.engine._llm.collective_rpc(install)
+    return replace(run, evaluate=lambda: {})
+
+
+def test_numbers_that_are_none_in_the_engine_stop_the_run_with_step_and_request(run: Run) -> None:
+    broken = hook_the_engine_s_model(run, lambda number, x: x * float("nan") if number > 2 else x)
+    with pytest.raises(AlarmError, match=r"^step 0, request 0/train\d+/base/\d: log-prob nan of "):
+        go(broken)
+
+
+def test_what_the_engine_raises_keeps_its_traceback_and_names_its_requests(run: Run) -> None:
+    def fail(number: int, output: Any) -> Any:
+        if number == 3:
+            raise MemoryError("no room in the engine")
+        return output
+
+    with pytest.raises(MemoryError, match="no room in the engine") as raised:
+        go(hook_the_engine_s_model(run, fail))
+    at_work, in_step = raised.value.__notes__
+    assert re.match(
+        r"the rollout engine was at work on step 0, requests (0/train\d+/base/\d, ){4}"
+        r"0/train\d+/base/\d and \d+ more",
+        at_work,
+    )
+    assert in_step == "a run: in step 0 of 1, from 0"
+    log = RunFolder(run.cfg.run_dir).log.read_text()
+    assert log.startswith("stopped in step 0: no room in the engine\nTraceback")
+    assert at_work in log and "in fail\n" in log

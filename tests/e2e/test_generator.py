@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
+from vllm.exceptions import VLLMValidationError
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.vllm.generator import VllmGenerator
+from megatron_srpo.engines.vllm.generator import VllmGenerator, completion_of
 from megatron_srpo.hf_folder import read_tensors
-from megatron_srpo.types import Completion, Request, Tokens
+from megatron_srpo.types import AlarmError, Completion, Request, Tokens
 from tests.tiny import reference_logprobs, write_policy
 
 
@@ -175,6 +178,69 @@ def test_the_trainer_s_random_numbers_do_not_notice_the_engine(engine: VllmGener
     run(engine, request("r", seed=4))
     engine.score(sequences_of(20))
     assert torch.equal(torch.rand(3), untouched)
+
+
+def output(token_ids: list[int], logprobs: list[float], reason: str | None = "stop", id: str = "r"):
+    flat = FlatLogprobs(token_ids=token_ids, logprobs=logprobs)
+    answer = CompletionOutput(
+        index=0,
+        text="",
+        token_ids=token_ids,
+        cumulative_logprob=None,
+        logprobs=flat,
+        finish_reason=reason,
+    )
+    return RequestOutput(id, None, [5], None, [answer], True)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            output([4, 5, 6], [-1.0, float("nan"), float("-inf")], id="12.1/p/base/0"),
+            "step 12, request 12.1/p/base/0: log-prob nan of token 1, and 2 of 3 are not finite",
+        ),
+        (output([], [], id="eval/p/0"), "request eval/p/0 came back without a token"),
+        (
+            output([4, 5], [-1.0], id="probe/3/8"),
+            "weight sync 3, request probe/3/8 has 1 log-probs of 2 tokens",
+        ),
+        (output([4], [-1.0], "abort"), "request r ended with 'abort'"),
+        (output([4], [-1.0], None), "request r ended with None"),
+    ],
+)
+def test_a_completion_that_cannot_be_trained_on_is_an_alarm_that_names_its_request(
+    broken: RequestOutput, message: str
+) -> None:
+    with pytest.raises(AlarmError) as alarm:
+        completion_of(broken, weight_version=0)
+    assert str(alarm.value) == message
+    whole = completion_of(output([4], [-1.0]), weight_version=7)
+    assert (whole.token_ids.tolist(), whole.weight_version) == ([4], 7)
+
+
+def test_a_request_that_the_engine_forgets_is_an_alarm(
+    engine: VllmGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request(f"3/p{i}/base/0") for i in range(7)]
+    inner = engine._llm.llm_engine
+    with monkeypatch.context() as patched, pytest.raises(AlarmError) as alarm:
+        patched.setattr(inner, "has_unfinished_requests", lambda: False)
+        run(engine, *asked)
+    assert str(alarm.value) == (
+        "the rollout engine has forgotten step 3, requests 3/p0/base/0, 3/p1/base/0, 3/p2/base/0, "
+        "3/p3/base/0, 3/p4/base/0 and 2 more"
+    )
+    inner.abort_request([one.id for one in asked])
+    assert len(run(engine, *asked)) == 7
+
+
+def test_a_request_that_the_engine_refuses_is_named(engine: VllmGenerator) -> None:
+    with pytest.raises(VLLMValidationError, match="161") as refusal:
+        run(engine, request("0/long/base/0", length=161))
+    assert refusal.value.__notes__ == [
+        "the rollout engine was at work on step 0, request 0/long/base/0"
+    ]
 
 
 def reference_probs(folder: Path, tokens: Tokens) -> np.ndarray:

@@ -22,6 +22,7 @@ from megatron_srpo.engines.megatron.model import build_chunks
 from megatron_srpo.engines.megatron.weights import full_tensors, load_hf, local_parameters
 from megatron_srpo.exchange import exchange
 from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.preflight import check_all_reduce
 from megatron_srpo.protocols import Generator
 from megatron_srpo.replica import LeaderReward, LeaderRule
 from megatron_srpo.types import (
@@ -256,6 +257,19 @@ def reward_gives(mesh: Mesh, given: object) -> str:
     except AlarmError as alarm:
         return str(alarm)
     return f"{type(score.value).__name__} {type(score.correct).__name__}"
+
+
+def all_reduce_checked(mesh: Mesh, absent: int | None = None, off: int | None = None) -> str:
+    """What a rank hears of it. `absent` does not come; what `off` gets is wrong."""
+    if mesh.rank == absent:
+        return "absent"
+    if mesh.rank == off:
+        mesh = replace(mesh, rank=7)  # what it adds is then 8
+    try:
+        check_all_reduce(mesh, timeout_s=1)
+    except AlarmError as alarm:
+        return str(alarm)
+    return "right"
 
 
 def fail_on_rank_1(mesh: Mesh) -> None:

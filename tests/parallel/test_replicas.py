@@ -87,6 +87,14 @@ def test_a_rule_that_would_raise_on_another_rank_is_not_asked_there(pool: Pool) 
     assert pool.run(2, jobs.rule_raises, 1, rollout_tp=2) == ["no alarm"] * 2
 
 
+def test_a_first_all_reduce_is_right_or_names_who_does_not_come(pool: Pool) -> None:
+    assert pool.run(2, jobs.all_reduce_checked) == ["right"] * 2
+    first, _ = pool.run(2, jobs.all_reduce_checked, 1)
+    assert first.startswith("not all ranks take part: ") and "1" in first
+    for heard in pool.run(2, jobs.all_reduce_checked, None, 1):
+        assert heard.startswith("an all-reduce whose sum is 3 gives on ") and ": 9.0" in heard
+
+
 def test_a_failed_rank_fails_its_job_and_leaves_the_pool_usable(pool: Pool) -> None:
     with pytest.raises(AlarmError, match="rank 1 fails"):
         pool.run(2, jobs.fail_on_rank_1)

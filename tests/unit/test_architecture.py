@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
-    "types protocols config config_file seeding environment run_folder staging",
+    "types protocols config config_file seeding environment run_folder staging shared_folder",
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics stopwatch "
     "checkpoint_folder checkpoint_store stopping watchdog rendezvous",
     "engines",
-    "claim journal kept weight_sync colocation guard telemetry evaluate evaluate_model exchange "
-    "replica export inputs sft assembly train checkpoints resume convert verify",
+    "preflight claim journal kept weight_sync colocation guard telemetry evaluate evaluate_model "
+    "exchange replica export inputs sft assembly train checkpoints resume convert verify submit",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -54,9 +54,9 @@ class CheckpointWriter:
         self._folder = Path()
         upstream.install_results()
 
-    def begin(self, folder: Path) -> None:
-        """Into an empty folder. Comes back when the state is copied; if not asynchronous, when it
-        is written. Raises `AlarmError` if it could not be."""
+    def begin(self, folder: Path, *, wait: bool = False) -> None:
+        """Into an empty folder. Comes back when the state is copied; if it is to wait, or not
+        asynchronous, when it is written. Raises `AlarmError` if it could not be."""
         self._folder = folder
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(), _copies_group()
@@ -66,7 +66,7 @@ class CheckpointWriter:
             request: Any = dist_checkpointing.save(
                 state, str(folder), strategy, async_sharded_save=True
             )
-            if self._asynchronous:
+            if self._asynchronous and not wait:
                 self._queue.schedule_async_request(request)
             else:
                 request.execute_sync()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,8 @@ FLAT: dict[str, Any] = {
     "output_kind": RequestOutputKind.FINAL_ONLY,
 }
 """Arrays of log-probs, no text, one answer."""
+MOST_NAMED = 5
+"""Requests in a message."""
 
 
 class VllmGenerator:
@@ -72,7 +76,11 @@ class VllmGenerator:
         self.weight_version = 0
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Completions in the order in which they finish; the engine steps between them."""
+        """Completions in the order in which they finish; the engine steps between them.
+
+        Raises `AlarmError` for a request without a token, with a log-prob that is not finite, or
+        that the engine forgets; what the engine raises has a note that names its requests.
+        """
         for request in requests:
             params = SamplingParams(
                 max_tokens=request.max_tokens,
@@ -83,8 +91,8 @@ class VllmGenerator:
                 **FLAT,
             )
             self._add(request.id, request.context, params)
-        for output in self._finished():
-            yield self._completion(output)
+        for output in self._finished([request.id for request in requests]):
+            yield completion_of(output, weight_version=self.weight_version)
 
     def score(self, sequences: Sequence[Tokens]) -> list[Floats]:
         """Implements `Scorer`; raises `ValueError` for a sequence that the engine cannot hold.
@@ -112,7 +120,8 @@ class VllmGenerator:
                 )
                 self._add(str(index), sequence[:-1], params)
         scored = [np.empty(0, dtype=np.float32) for _ in sequences]
-        for output in self._finished():
+        asked = [str(index) for index, sequence in enumerate(sequences) if len(sequence) > 1]
+        for output in self._finished(asked):
             index = int(output.request_id)
             scored[index] = _scored(output)
             if len(scored[index]) != len(sequences[index]) - 1:
@@ -120,34 +129,22 @@ class VllmGenerator:
         return scored
 
     def _add(self, id: str, context: Tokens, params: SamplingParams) -> None:
-        self._llm.llm_engine.add_request(id, {"prompt_token_ids": context.tolist()}, params)
+        with _naming([id]):
+            self._llm.llm_engine.add_request(id, {"prompt_token_ids": context.tolist()}, params)
 
-    def _finished(self) -> Iterator[RequestOutput]:
-        engine = self._llm.llm_engine
+    def _finished(self, ids: Sequence[str]) -> Iterator[RequestOutput]:
+        """These requests' outputs, each of them once."""
+        engine, unfinished = self._llm.llm_engine, dict.fromkeys(ids)
         while engine.has_unfinished_requests():
             self._before_step()
-            with _own_random_state():
+            with _own_random_state(), _naming(unfinished):
                 finished = engine.step()
             for output in finished:
                 assert isinstance(output, RequestOutput)
+                del unfinished[output.request_id]
                 yield output
-
-    def _completion(self, output: RequestOutput) -> Completion:
-        answer = output.outputs[0]
-        assert isinstance(answer.logprobs, FlatLogprobs)
-        logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)
-        if answer.finish_reason not in ("stop", "length"):
-            raise AlarmError(f"request {output.request_id} ended with {answer.finish_reason!r}")
-        if len(logprobs) != len(answer.token_ids) or not np.isfinite(logprobs).all():
-            raise AlarmError(f"request {output.request_id} has log-probs {logprobs}")
-        return Completion(
-            request_id=output.request_id,
-            token_ids=np.array(answer.token_ids, dtype=np.int32),
-            logprobs=logprobs,
-            finish_reason=answer.finish_reason,
-            num_cached_tokens=output.num_cached_tokens or 0,
-            weight_version=self.weight_version,
-        )
+        if unfinished:
+            raise AlarmError(f"the rollout engine has forgotten {_in_words(unfinished)}")
 
     def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
         """Replaces the weights in place and drops every cached key and value of the old ones."""
@@ -161,6 +158,64 @@ class VllmGenerator:
         self._llm.llm_engine.engine_core.shutdown()
 
 
+def completion_of(output: RequestOutput, *, weight_version: int) -> Completion:
+    """Of a request that is done; see `VllmGenerator.generate` for what is refused."""
+    answer = output.outputs[0]
+    assert isinstance(answer.logprobs, FlatLogprobs)
+    logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)
+    named = _in_words([output.request_id])
+    if answer.finish_reason not in ("stop", "length"):
+        raise AlarmError(f"{named} ended with {answer.finish_reason!r}")
+    if not answer.token_ids:
+        raise AlarmError(f"{named} came back without a token")
+    if len(logprobs) != len(answer.token_ids):
+        raise AlarmError(f"{named} has {len(logprobs)} log-probs of {len(answer.token_ids)} tokens")
+    _check_finite(logprobs, named)
+    return Completion(
+        request_id=output.request_id,
+        token_ids=np.array(answer.token_ids, dtype=np.int32),
+        logprobs=logprobs,
+        finish_reason=answer.finish_reason,
+        num_cached_tokens=output.num_cached_tokens or 0,
+        weight_version=weight_version,
+    )
+
+
+def _check_finite(logprobs: Floats, named: str) -> None:
+    wrong = np.flatnonzero(~np.isfinite(logprobs))
+    if len(wrong):
+        raise AlarmError(
+            f"{named}: log-prob {logprobs[wrong[0]]} of token {wrong[0]}, and {len(wrong)} of "
+            f"{len(logprobs)} are not finite"
+        )
+
+
+@contextlib.contextmanager
+def _naming(ids: Collection[str]) -> Iterator[None]:
+    """What the engine raises has a note of whom it worked for."""
+    try:
+        yield
+    finally:
+        if error := sys.exception():
+            error.add_note(f"the rollout engine was at work on {_in_words(ids)}")
+
+
+def _in_words(ids: Collection[str]) -> str:
+    """Requests of a step begin with its number (and that of the attempt), probes with the sync's.
+
+    >>> _in_words(["12.1/p/base/0", "12.1/q/base/0"]), _in_words(["eval/p/0"])
+    ('step 12, requests 12.1/p/base/0, 12.1/q/base/0', 'request eval/p/0')
+    """
+    first = [*itertools.islice(ids, MOST_NAMED)]
+    kind, _, rest = first[0].partition("/")
+    step = kind.partition(".")[0]
+    words = f"step {step}, " if step.isdigit() and rest else ""
+    if kind == "probe":
+        words = f"weight sync {rest.partition('/')[0]}, "
+    words += f"request{'s' * (len(ids) > 1)} {', '.join(first)}"
+    return words + (f" and {len(ids) - len(first)} more" if len(ids) > len(first) else "")
+
+
 def _scored(output: RequestOutput) -> Floats:
     """[T - 1]: the prompt's tokens after the first, then the token that was asked for by its id."""
     prompt, (answer,) = output.prompt_logprobs, output.outputs
@@ -168,8 +223,7 @@ def _scored(output: RequestOutput) -> Floats:
     # Behind the log-prob of the token that was drawn, which nobody wants.
     _, last = answer.logprobs.logprobs
     logprobs = np.array([*prompt.logprobs, last], dtype=np.float32)
-    if not np.isfinite(logprobs).all():
-        raise AlarmError(f"sequence {output.request_id} has log-probs {logprobs}")
+    _check_finite(logprobs, f"sequence {output.request_id}")
     return logprobs
 
 

@@ -1,0 +1,75 @@
+"""The process in which a reward of the user's runs: what it breaks there is not the trainer.
+
+`process.py` starts it. It imports little, since a worker that was lost is replaced while an engine
+waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from multiprocessing.connection import Connection
+
+from megatron_srpo.extensions import find
+from megatron_srpo.rewards import REWARDS
+from megatron_srpo.rewards.verdict import RewardRaisedError, checked
+from megatron_srpo.types import Prompt
+
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h: the signal that a process gets when the thread that started it ends."""
+
+
+def serve(descriptor: int, name: str, trainer: int) -> None:
+    """Says None when the file is imported, then a `Score` for each (prompt, response), until
+    nobody listens. What the file or the reward raises is said instead, and ends the process.
+
+    `descriptor`: an end of the connection, which stays open until the process is gone; `name`:
+    FILE.py:FUNCTION; `trainer`: id of the process that asks.
+    """
+    _end_with(trainer)
+    # A launcher that stops a run signals all processes: the trainer still needs this one then. Not
+    # SIG_IGN, which programs that a reward starts would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _left_to_the_trainer)
+    os.set_inheritable(descriptor, False)
+    sys.excepthook = _left_to_the_trainer
+    channel = Connection(os.dup(descriptor))
+    with _saying_what_is_raised(channel):
+        reward = find(name, REWARDS, key="reward")
+        channel.send(None)
+        for prompt, response in _items(channel):
+            channel.send(checked(reward(prompt, response)))
+
+
+def _items(channel: Connection) -> Iterator[tuple[Prompt, str]]:
+    while True:
+        try:
+            yield channel.recv()
+        except EOFError:
+            return
+
+
+@contextlib.contextmanager
+def _saying_what_is_raised(channel: Connection) -> Generator[None]:
+    """A reward that leaves (`sys.exit`) has said nothing: its process has ended."""
+    try:
+        yield
+    finally:
+        error = sys.exception()
+        if error is not None and not isinstance(error, SystemExit):
+            channel.send(RewardRaisedError.of(error))
+
+
+def _end_with(trainer: int) -> None:
+    """Also if that is killed while a reward runs, which then reads from no connection."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != trainer:  # it ended before it could be watched
+        sys.exit()
+
+
+def _left_to_the_trainer(*_: object) -> None:
+    """Neither ends this process nor prints."""
