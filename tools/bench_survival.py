@@ -2,8 +2,8 @@
 
     python tools/bench_survival.py RUN [RUN ...]
 
-Prints one JSON object: for each run folder the seconds of its steps, what of them training waited for
-checkpoints and what the journal took, each as a share of all steps, and of the median step.
+Prints one JSON object: for each run folder the seconds of its steps, what of them training waited
+for checkpoints and what the journal took, each as a share of all steps, and of the median step.
 """
 
 from __future__ import annotations
