@@ -9,11 +9,8 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
-    PrefixStore,
-    Store,
-    TCPStore,
-)
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 PATIENCE = timedelta(minutes=10)
 """So long a rank tries to reach the one that serves, and waits for an answer."""
