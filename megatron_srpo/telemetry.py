@@ -140,7 +140,7 @@ class Telemetry:
 
         assert self._folder is not None
         logdir = str(self._folder.root / "tensorboard")
-        writer = SummaryWriter(logdir, purge_step=self._first_step or None)
+        writer = SummaryWriter(logdir, purge_step=self._first_step)
         self._exits.callback(writer.close)
         return writer
 

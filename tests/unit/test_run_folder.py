@@ -125,3 +125,8 @@ def test_a_folder_whose_log_cannot_be_opened_is_refused_in_one_line(
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"run_dir=.*: \[Errno 30\] Read-only file system"):
         folder.check_idle()
+
+
+def test_what_a_killed_preflight_has_left_is_nobodys(tmp_path: Path):
+    (tmp_path / ".preflight-0a").touch()
+    RunFolder(tmp_path).check_free()
