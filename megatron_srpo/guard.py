@@ -210,7 +210,9 @@ class Guard:
             within -= min(within, time.monotonic() - began)
             said = self._store.get(f"stacks/{rank}").decode() if came else "does not answer\n"
             lines.append(f"rank {rank}:\n{said}")
-        with self._log.open("a", encoding="utf-8") as log:
+        # Where no run has begun, a log would make the folder another run's.
+        with contextlib.suppress(OSError), self._log.open("r+", encoding="utf-8") as log:
+            log.seek(0, os.SEEK_END)
             log.write("\n".join(lines) + "\n")
 
     def _end(self, why: str, code: int = BROKEN) -> None:

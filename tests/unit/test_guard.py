@@ -111,6 +111,8 @@ def test_handlers_are_those_of_before_when_the_work_is_done(rank: Rank):
 
 
 def test_a_phase_past_its_deadline_ends_the_process_with_its_stacks_in_the_log(rank: Rank):
+    rank.log.touch()
+
     def hangs() -> None:
         with rank.gpu.stopwatch.phase("reward"):
             assert comes(lambda: rank.ended)
@@ -144,6 +146,7 @@ def test_a_rank_that_fails_says_so_to_the_others(rank: Rank, error: Exception, c
 
 
 def test_the_first_rank_writes_down_why_another_failed(rank: Rank):
+    rank.log.touch()
     other = Rank(SimpleNamespace(**vars(rank.mesh) | {"rank": 1, "world_size": 2}), rank.log)
     with pytest.raises(ValueError), other.guarded():
         raise ValueError("odd\nnumber")
@@ -184,3 +187,12 @@ def test_so_it_does_if_the_store_is_gone_too(rank: Rank, monkeypatch: pytest.Mon
         monkeypatch.setattr(guarded, "_report", gone)
         raise RuntimeError("Connection closed by peer")
     assert rank.ended == [guard.ALARM]
+
+
+def test_no_log_is_made_where_no_run_has_begun(rank: Rank):
+    other = Rank(SimpleNamespace(**vars(rank.mesh) | {"rank": 1, "world_size": 2}), rank.log)
+    with pytest.raises(ValueError), other.guarded():
+        raise ValueError("odd")
+    with rank.guarded():
+        assert comes(lambda: rank.ended)
+    assert rank.ended == [guard.BROKEN] and not rank.log.exists()
