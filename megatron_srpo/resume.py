@@ -104,7 +104,7 @@ def begin(cfg: Config, seen: Sequence[Progress], replay: Path | None = None) -> 
 
 def rewind(folder: RunFolder, progress: Progress) -> None:
     """Metrics end where the checkpoint was made, the journal with its last whole step; of an export
-    that was killed nothing stays.
+    or a preflight that was killed nothing stays.
 
     Raises `InputError` if a line of the metrics, not the last one, cannot be read.
     """
@@ -113,6 +113,8 @@ def rewind(folder: RunFolder, progress: Progress) -> None:
     drop_before(folder.kept, progress.journalled.stop)
     for half_written in leftovers(folder.hf):
         shutil.rmtree(half_written)
+    for probe in folder.probes():
+        probe.unlink(missing_ok=True)
     if folder.metrics.exists():
         os.truncate(folder.metrics, size)
 

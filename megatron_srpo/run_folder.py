@@ -17,8 +17,8 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config
 from megatron_srpo.types import InputError
 
-PREFLIGHT = ".preflight-"
-"""Files of this name are nobody's: a check that was killed has left them (`shared_folder.py`)."""
+PROBE = ".preflight-"
+"""So begin the names of files that the preflight tries a folder with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,16 @@ class RunFolder:
             raise InputError(f"run_dir={self.root}: {parent} is no folder that can be written to")
 
     def _is_bare(self) -> bool:
-        """Nothing is there but what a run leaves that was killed before it had its config."""
-        begun = {self._partial_config, self.replay, self.log}
-        found = {path for path in self.root.iterdir() if not path.name.startswith(PREFLIGHT)}
-        return found <= begun and not (self.log.is_file() and self.log.stat().st_size)
+        """Nothing is there but what a run leaves that was killed before it had its config, and what
+        its other ranks are trying the folder with."""
+        begun = {self._partial_config, self.replay, self.log, *self.probes()}
+        return {*self.root.iterdir()} <= begun and not (
+            self.log.is_file() and self.log.stat().st_size
+        )
+
+    def probes(self) -> list[Path]:
+        """Of the preflight: there for a moment, or left by a kill."""
+        return [*self.root.glob(f"{PROBE}*")]
 
     def check_idle(self) -> None:
         """Raises `InputError` if a process is at work here, or nobody may be."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
 
 from megatron_srpo.checkpoint_store import find
 from tests.survival.faults import RefusesWhen
@@ -21,8 +25,7 @@ def refused(
     if fault.read_only is not None:
         fault.read_only.chmod(0o755)
     print(f"{fault.function}: exit codes {codes}", *said, sep="\n")
-    code = 2 if fault.function == "load_config" else 3
-    assert codes == [code] * len(codes)
+    assert codes == [3] * len(codes)
     assert all("Traceback" not in words for words in said)
     yield said
 
@@ -58,7 +61,7 @@ def test_whatever_cannot_be_written_the_run_says_so_and_goes_on_when_it_can(
         "megatron_srpo.__main__", "load_config", occurrence=1, rank=0, read_only=run
     )
     with refused(ground, "refused", 3, start) as said:
-        assert f"error: run_dir={run}: [Errno 13] Permission denied" in said[0]
+        assert f"run_dir={run} cannot be written to" in said[0]
     metrics = RefusesWhen("megatron_srpo.telemetry", "Telemetry.log", occurrence=3, rank=0)
     with refused(ground, "refused", 4, metrics) as said:
         assert "metrics.jsonl could not be written: a file may not grow" in said[0]
@@ -68,3 +71,42 @@ def test_whatever_cannot_be_written_the_run_says_so_and_goes_on_when_it_can(
     with ground.start("refused", 6) as attempt:
         assert attempt.finish() == [0, 0], attempt.said()
     assert Left.of(run).differences(ground.right) == []
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[int], None]]:
+    """What sets the bytes of a disk that is mounted there."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of a size of its own can be mounted by root only")
+
+    def resize(num_bytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={num_bytes}", folder], check=True)
+
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_wherever_it_becomes_so_holds_the_run_up_and_no_more(
+    ground: Ground,
+) -> None:
+    run = ground.run("small")
+    files = ground.run("alone").rglob("*")
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    with small_disk(run) as resize:
+        for number, share in enumerate((0.2, 0.35, 0.45, 0.6, 0.9)):
+            resize(int(size * share))
+            with ground.start("small", number) as attempt:
+                assert attempt.finish() == [3, 3]
+                said = [attempt.said(rank) for rank in (0, 1)]
+            print(*said, sep="\n")
+            assert all("could not be written: " in words for words in said)
+            assert all("Traceback" not in words for words in said)
+        resize(3 * size)
+        with ground.start("small", 9) as attempt:
+            assert attempt.finish() == [0, 0]
+        assert Left.of(run).differences(ground.right) == []

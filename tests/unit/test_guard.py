@@ -165,6 +165,7 @@ def test_handlers_are_those_of_before_when_the_work_is_done(rank: Rank):
 
 
 def test_a_phase_past_its_deadline_ends_the_process_with_its_stacks_in_the_log(rank: Rank):
+
     def hangs() -> None:
         with rank.gpu.stopwatch.phase("reward"):
             assert comes(lambda: rank.ended)

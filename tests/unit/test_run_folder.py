@@ -127,6 +127,10 @@ def test_a_folder_whose_log_cannot_be_opened_is_refused_in_one_line(
         folder.check_idle()
 
 
-def test_what_a_killed_preflight_has_left_is_nobodys(tmp_path: Path):
-    (tmp_path / ".preflight-0a").touch()
-    RunFolder(tmp_path).check_free()
+def test_what_other_ranks_try_an_empty_folder_with_does_not_make_it_a_run_s(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / ".preflight-0123").touch()
+    folder.check_free()
+    (tmp_path / "other").touch()
+    with pytest.raises(InputError, match="already holds another run"):
+        folder.check_free()
