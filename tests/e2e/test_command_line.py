@@ -17,23 +17,10 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.__main__ import main
 from tests.e2e.small_run import write_small_run
-from tests.launch import unlaunched_environment
+from tests.launch import Command, start, unlaunched_environment
 from tests.tiny import VOCAB_SIZE
 
 UNSTABLE = ("time/", "speed/", "memory/")
-
-
-def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
-    """`megatron-srpo ARGUMENTS`, alone or under torchrun."""
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    launcher += [] if processes == 1 else [f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "megatron_srpo", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=unlaunched_environment(),
-    )
 
 
 def refused(*arguments: str | Path) -> tuple[int, str]:
@@ -45,7 +32,7 @@ def refused(*arguments: str | Path) -> tuple[int, str]:
     return code, said.getvalue()
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str] | Command) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     return output
@@ -65,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy that was warm-started a little, and one run of SRPO from it."""
     folder = tmp_path_factory.mktemp("runs")
     config = write_small_run(folder)
-    finish(start("sft", config, "sft.num_steps=60"))
+    warm_up = [sys.executable, "-m", "megatron_srpo", "sft", str(config), "sft.num_steps=60"]
+    subprocess.run(warm_up, env=unlaunched_environment(), check=True, timeout=300)
     finish(start("train", config, *from_warm_start(folder), f"run_dir={folder / 'first'}"))
     return folder
 

@@ -14,21 +14,14 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from typing import Any
 
 from megatron_srpo.config import ParallelConfig
+from tests.launch import forked
 
 NUM_PROCESSES = 4
 PATIENCE_S = 20
 """So long the others may take to notice that one has failed."""
-
-
-def forked() -> Any:
-    """How processes start here: from a server that has imported everything."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.survival.preloaded"])
-    return context
 
 
 class Pool:

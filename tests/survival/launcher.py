@@ -15,7 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.pool import _free_port, forked
+from tests.launch import forked
+from tests.parallel.pool import _free_port
 from tests.survival.board import Board
 
 PATIENCE_S = 3.0
