@@ -121,6 +121,8 @@ ELSEWHERE = {
     # how the work is divided, which must not change the result: tests/parallel
     "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.ep",
     "parallel.recompute", "parallel.overlap", "rollout.tp", "micro_batch_tokens",
+    # how the head is computed, likewise: tests/parallel/test_layouts.py
+    "kernels.head",
     # when a reward is given up, which changes none that answers: tests/unit/test_reward_process.py
     "reward_timeout_s",
     # an alarm: test_faults.py; parts of the user's: test_extensions.py; tests/unit/test_localize.py

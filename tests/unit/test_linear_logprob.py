@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_srpo.kernels import rows
 from megatron_srpo.kernels.linear_logprob import linear_logprob
+from tests.unit.head_cases import Case, assert_same, drawn, written_out
 
 OP: Any = torch.ops.megatron_srpo.linear_logprob
-Case = tuple[Tensor, Tensor, Tensor, Tensor]
-"""hidden [N, H], weight [V, H], targets [N], temperature [N]"""
-
-
-def drawn(
-    num_rows: int, vocab: int, hidden: int = 5, *, dtype: torch.dtype = torch.float64
-) -> Case:
-    random = torch.Generator().manual_seed(num_rows * 1000 + vocab)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
-
-    targets = torch.randint(0, vocab, (num_rows,), generator=random)
-    temperature = 0.5 + torch.rand(num_rows, generator=random, dtype=torch.float64)
-    return normal(num_rows, hidden), normal(vocab, hidden), targets, temperature
-
-
-def written_out(case: Case) -> tuple[Tensor, Tensor]:
-    hidden, weight, targets, temperature = case
-    z = hidden.double() @ weight.double().T / temperature[:, None].double()
-    logp = z.log_softmax(-1)
-    p = logp.exp()
-    entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
-    return logp.gather(1, targets[:, None])[:, 0], entropy
 
 
 def gradients(found: tuple[Tensor, Tensor], to: list[Tensor]) -> tuple[Tensor, ...]:
@@ -44,11 +19,6 @@ def gradients(found: tuple[Tensor, Tensor], to: list[Tensor]) -> tuple[Tensor, .
     logprob, entropy = found
     factor = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
     return torch.autograd.grad((logprob * factor).sum() + (entropy * factor.cos()).sum(), to)
-
-
-def assert_same(found: Any, right: Any, *, atol: float = 1e-12) -> None:
-    for one, other in zip(found, right, strict=True):
-        torch.testing.assert_close(one.double(), other.double(), rtol=1e-12, atol=atol)
 
 
 def assert_right(case: Case, **options: Any) -> None:
@@ -271,33 +241,3 @@ def test_two_runs_give_the_same_bits():
         found = linear_logprob(*inputs, case[2], temperature=case[3].float(), chunk=100)
         runs.append((*found, *gradients(found, inputs)))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
-
-
-# --- shards ---
-
-
-def shard_statistics(case: Case, bounds: list[int]) -> Tensor:
-    """[shards, 4, N] as ranks have them before they are merged."""
-    hidden, weight, targets, temperature = case
-    parts: list[Tensor] = []
-    for first, end in itertools.pairwise(bounds):
-        stats = rows.nothing_seen(len(targets), like=temperature)
-        if end > first:
-            rows.absorb(stats, hidden @ weight[first:end].T, targets - first, temperature)
-        parts.append(stats)
-    return torch.stack(parts)
-
-
-@pytest.mark.parametrize("bounds", [[0, 17], [0, 5, 17], [0, 1, 2, 17], [0, 0, 9, 17, 17]])
-def test_shards_of_any_size_merge_to_the_whole_vocabulary(bounds: list[int]):
-    case = drawn(6, 17)
-    m, s, u, t = rows.merged(shard_statistics(case, bounds))
-    assert_same(((t - m) - s.log(), s.log() - u / s), written_out(case))
-
-
-def test_a_shard_of_nothing_but_minus_infinity_adds_nothing():
-    case = drawn(3, 4)
-    stats = shard_statistics(case, [0, 4])
-    empty = rows.nothing_seen(3, like=stats)
-    rows.absorb(empty, torch.full((3, 2), -torch.inf).double(), case[2] - 4, case[3])
-    assert torch.equal(rows.merged(torch.cat([empty[None], stats])), stats[0])
