@@ -1,4 +1,4 @@
-"""`megatron-srpo train | sft | eval | convert`: the command line.
+"""`megatron-srpo train | sft | eval | submit | convert`: the command line.
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Exit codes: 0 done; 1 it broke (a traceback says how); 2 what the user gave is wrong; 3 the run
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     is_conversion = arguments.command == "convert"
     if unknown := [word for word in rest if is_conversion or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    started_with = dict(os.environ)
     set_environment()
     # Libraries' warnings go to the run's log, not between the lines of a terminal.
     logging.captureWarnings(True)
@@ -39,7 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         if is_conversion:
             _convert(arguments)
             return 0
-        return _run(arguments, load_config(arguments.config, [*arguments.overrides, *rest]))
+        overrides = [*arguments.overrides, *rest]
+        cfg = load_config(arguments.config, overrides)
+        if arguments.command == "submit":
+            _submit(arguments, cfg, overrides, started_with)
+            return 0
+        return _run(arguments, cfg)
     except InputError as error:
         return _stop(error, code=2)
     except AlarmError as error:
@@ -81,6 +87,24 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> int:
     return 0
 
 
+def _submit(
+    arguments: argparse.Namespace, cfg: Config, overrides: list[str], environment: dict[str, str]
+) -> None:
+    """`environment`: the user's, which sbatch hands on to the job; not what this process made of
+    it, for this machine."""
+    from megatron_srpo.submit import submit
+
+    submit(
+        cfg,
+        [str(arguments.config), *overrides],
+        command="eval" if arguments.eval else "train",
+        num_nodes=arguments.nodes,
+        num_jobs=arguments.chain,
+        is_dry=arguments.dry_run,
+        environment=environment,
+    )
+
+
 def _convert(arguments: argparse.Namespace) -> None:
     from megatron_srpo.convert import Layout, convert
 
@@ -103,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a policy with GRPO, RRPO or SRPO"),
         ("sft", "warm-start a policy from demonstrations"),
         ("eval", "measure a policy's pass@k on held-out problems"),
+        ("submit", "check a run, and hand it to Slurm"),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("config", type=Path, help="YAML file")
@@ -115,8 +140,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--out", type=Path, metavar="FILE.jsonl", help="write every response to a new file"
             )
+        if name == "submit":
+            _add_submission(command)
     _add_conversion(commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoint"))
     return parser
+
+
+def _add_submission(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--eval", action="store_true", help="evaluate instead of train")
+    command.add_argument("--nodes", type=_size, default=1)
+    command.add_argument(
+        "--chain", type=_size, default=1, metavar="JOBS", help="so many, one after the other"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:
@@ -134,7 +170,7 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
 
 def _size(word: str) -> int:
     if not word.isdigit() or not int(word):
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of processes")
+        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
     return int(word)
 
 

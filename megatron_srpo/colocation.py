@@ -23,12 +23,13 @@ class Colocation:
 
     @classmethod
     def on(cls, mesh: Mesh) -> Colocation:
-        """Of this rank."""
+        """Of this rank. Where a mesh serves several runs, each counts arrivals of its own."""
+        run = mesh.store.add(f"runs/{mesh.rank}", 1)
         points = StopPoints(
             replica=mesh.replica,
             num_ranks=mesh.world_size,
-            arrive=lambda name: mesh.store.add(name, 1),
-            arrived=lambda name: mesh.store.add(name, 0),
+            arrive=lambda name: mesh.store.add(f"{run}/{name}", 1),
+            arrived=lambda name: mesh.store.add(f"{run}/{name}", 0),
         )
         return cls(Stopwatch(), points)
 

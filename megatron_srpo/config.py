@@ -360,6 +360,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_reward_is_given_up_before_the_run(self) -> Config:
+        if 2 * self.reward_timeout_s >= self.deadlines.reward_s:
+            raise ValueError(
+                f"deadlines.reward_s={self.deadlines.reward_s:g} must be longer than two attempts "
+                f"of reward_timeout_s={self.reward_timeout_s:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _nucleus_has_no_ratios(self) -> Config:
         if self.rollout.top_p < 1 and self.loss.importance != "none":
             raise ValueError(

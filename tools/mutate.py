@@ -62,6 +62,8 @@ def tests_of(file: str) -> list[str]:
     names = [own, "algorithm", "cases", "rollouts"] if own in ALGORITHM else [own]
     if file.startswith("engines/megatron/"):
         names += ["families", "convert"]
+    if file.startswith("rewards/"):
+        names += ["process"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]
     return [path for path in paths if (ROOT / path).is_file()]
 

@@ -20,7 +20,7 @@ from megatron_srpo.advantages import GroupNormalized
 from megatron_srpo.algorithm import collect_groups, to_samples
 from megatron_srpo.assembly import auxiliary_samples, build_learner, held_out_sums
 from megatron_srpo.batching import mini_batches
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, DeadlineConfig
 from megatron_srpo.config_file import field_names, load_config
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
@@ -123,7 +123,9 @@ ELSEWHERE = {
     "parallel.recompute", "parallel.overlap", "rollout.tp", "micro_batch_tokens",
     # how the head is computed, likewise: tests/parallel/test_layouts.py
     "kernels.head",
-    # when a reward is given up, which changes none that answers: tests/unit/test_reward_process.py
+    # when a run that shows no sign of life ends: tests/unit/test_watchdog.py
+    *(f"deadlines.{name}" for name in DeadlineConfig.model_fields),
+    # when a reward is given up, which changes none that answers: tests/unit/test_process.py
     "reward_timeout_s",
     # an alarm: test_faults.py; parts of the user's: test_extensions.py; tests/unit/test_localize.py
     "max_logprob_diff", "reward", "credit.rule", "localize.chat",

@@ -20,7 +20,7 @@ LEVELS = (
     "checkpoint_folder checkpoint_store stopping watchdog rendezvous kernels",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate evaluate_model "
-    "exchange replica export inputs sft assembly train checkpoints resume convert verify",
+    "exchange replica export inputs sft assembly train checkpoints resume convert verify submit",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from megatron_srpo.preflight import (
     slurm_nodes,
     versions_here,
 )
-from megatron_srpo.shared_folder import Token, problem_with, token_for
 from megatron_srpo.types import AlarmError
 
 VERSIONS = {"python": "3.11.1", "torch": "2.13.0"}
@@ -211,29 +210,6 @@ def test_one_process_is_fit_for_itself(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "1")
     preflight(dist.HashStore(), run_dir=tmp_path / "run")  # type: ignore[attr-defined]
     assert [*tmp_path.iterdir()] == []
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    file = tmp_path / "file"
-    file.touch()
-    with token_for(file / "run") as token:  # the nearest folder is above the file
-        assert problem_with(file / "run", token) is None
-    with token_for(Path("/proc/run")) as token:
-        problem = problem_with(Path("/proc/run"), token)
-    assert problem is not None
-    assert problem.startswith("run_dir=/proc/run cannot be written to (/proc: ")
-
-
-def test_a_token_of_other_content_is_another_folder(tmp_path: Path):
-    with token_for(tmp_path / "run") as token:
-        assert token.up == 1
-        other = replace(token, content="else")
-        assert "does not hold what the first rank" in (problem_with(tmp_path / "run", other) or "")
-    away = Token(up=0, name="", content="", problem="/x: Read-only file system")
-    said = problem_with(tmp_path, away)
-    assert said == f"run_dir={tmp_path} cannot be written to (/x: Read-only file system)"
 
 
 def test_an_all_reduce_over_one_process_is_its_own_sum(mesh: Mesh):

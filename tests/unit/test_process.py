@@ -226,7 +226,7 @@ def test_signals_of_a_launcher_are_left_to_the_trainer(ask) -> None:
 def test_what_a_reward_prints_is_not_on_the_trainer_s_standard_output(folder: Path) -> None:
     program = f"""
         from megatron_srpo.rewards.process import ProcessReward
-        from tests.unit.test_reward_process import PROMPT
+        from tests.unit.test_process import PROMPT
         assert ProcessReward({named(folder)!r}, timeout_s=20)(PROMPT, "speak").correct
     """
     done = run(program)
@@ -282,7 +282,7 @@ def test_however_the_trainer_ends_its_worker_ends_with_it(folder: Path, ending: 
     said = run(f"""
         import os, signal
         from megatron_srpo.rewards.process import ProcessReward
-        from tests.unit.test_reward_process import PROMPT
+        from tests.unit.test_process import PROMPT
         reward = ProcessReward({named(folder)!r}, timeout_s=20)
         print(int(reward(PROMPT, "pid").value), flush=True)
         {ending}
@@ -303,7 +303,7 @@ def test_a_worker_that_is_busy_ends_when_its_trainer_is_killed(tmp_path: Path) -
     )
     program = f"""
         from megatron_srpo.rewards.process import ProcessReward
-        from tests.unit.test_reward_process import PROMPT
+        from tests.unit.test_process import PROMPT
         ProcessReward("{tmp_path}/busy.py:reward", timeout_s=50)(PROMPT, "{tmp_path}/pid")
     """
     trainer = subprocess.Popen(
