@@ -131,8 +131,9 @@ def _backward(
             by_output_2N,
             weight_VH.dtype,
         )
-        by_hidden_NH += _product(by_logits_NC, weight_CH)
-        by_weight_VH[start : start + len(weight_CH)] = _product(by_logits_NC.T, hidden_NH)
+        _add_product(by_hidden_NH, by_logits_NC, weight_CH)
+        by_weight_CH = by_weight_VH[start : start + len(weight_CH)]
+        _write_product(by_weight_CH, by_logits_NC.T, hidden_NH)
     return by_hidden_NH.to(hidden_NH.dtype), by_weight_VH
 
 
@@ -174,6 +175,21 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and left.dtype != wide:
         return torch.mm(left, right, out_dtype=wide)
     return left.to(wide) @ right.to(wide)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += _product(left, right)
+
+
+def _write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Rounded once, to the dtype of `out`, which is that of the factors."""
+    if left.is_cuda or left.dtype == _wide(left):
+        torch.mm(left, right, out=out)
+    else:  # a CPU may add up in the dtype of the factors
+        out.copy_(_product(left, right))
 
 
 def _rows_of(logits: Tensor) -> Any:
