@@ -74,11 +74,12 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> int:
 
         inputs = read_inputs(cfg, num_processes=num_processes, replay=arguments.replay)
         if inputs.progress.is_finished:
-            print(
-                f"run_dir={cfg.run_dir}: this run is finished; for another one name a new folder "
-                "(run_dir=PATH) or remove this one",
-                file=sys.stderr,
-            )
+            if os.environ["RANK"] == "0":
+                print(
+                    f"run_dir={cfg.run_dir}: this run is finished; for another one name a new "
+                    "folder (run_dir=PATH) or remove this one",
+                    file=sys.stderr,
+                )
             return 0
         from megatron_srpo.train import train
 

@@ -71,7 +71,8 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
     points, stopwatch = gpu.points, gpu.stopwatch
     learner = build_learner(cfg, mesh, points)
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype, before_step=points.step)
-    completions = KeepingGenerator(engine=engine, known=read_kept(RunFolder(cfg.run_dir).kept))
+    kept = read_kept(RunFolder(cfg.run_dir).kept) if mesh.is_leader else {}
+    completions = KeepingGenerator(engine=engine, known=mesh.share(kept))
     reward = LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh)
     roles = Roles(
         generator=TimedGenerator(completions, stopwatch),

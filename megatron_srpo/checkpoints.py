@@ -30,6 +30,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.hf_writer import copy_all_but_weights, state_dtype
 from megatron_srpo.protocols import PromptSource
+from megatron_srpo.staging import on_disk
 from megatron_srpo.types import AlarmError
 
 CONTENTS = ("model", "optimizer", "schedule", "state")
@@ -43,7 +44,9 @@ class Checkpoints:
     ) -> None:
         self._folder, self._cfg = folder, cfg
         self._learner, self._data, self._mesh = learner, data, mesh
-        self._writer = CheckpointWriter(learner, asynchronous=cfg.checkpoint.asynchronous)
+        self._writer = CheckpointWriter(
+            learner, asynchronous=cfg.checkpoint.asynchronous, gather=mesh.gather
+        )
         self._open: int | None = None
         """The step whose checkpoint is being written."""
         self._done, self._position = 0, data.state_dict()
@@ -129,9 +132,10 @@ class Checkpoints:
         problem: str | None = None
         if self._mesh.rank == 0:
             try:
-                work()
-            except OSError as error:
-                problem = str(error)
+                with on_disk(self._folder):
+                    work()
+            except AlarmError as alarm:
+                problem = str(alarm)
         problem = self._mesh.gather(problem)[0]
         if problem is not None:
-            raise AlarmError(f"the checkpoint could not be written: {problem}")
+            raise AlarmError(problem)

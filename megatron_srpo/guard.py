@@ -14,36 +14,38 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
-import signal
-import socket
 import sys
 import threading
 import time
+import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from torch.distributed import DistError
 
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.preflight import node_name
+from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.signals import heard, listening
 from megatron_srpo.stopping import Point, Position, first_unpassed
 from megatron_srpo.types import AlarmError, InputError
 from megatron_srpo.watchdog import Watchdog, stacks
 
-BROKEN, ALARM, STOPPED = 1, 3, 75
+BROKEN, ALARM = 1, 3
 """Exit codes, as of the command line."""
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-TICK_S = 0.25
+TICK_S, LOOK_S = 0.25, 0.01
 ONE_EVENT_S = 1.0
 """Signals closer together are one: launchers send several kinds at once."""
 AGREEMENT_S = 60.0
 """So long the other ranks have to say where they are."""
 FAREWELL_S = 10.0
 """So long a rank has to end by itself when another has failed, and to say where it hangs."""
+
+
+class NoAgreementError(Exception):
+    """On where to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +71,17 @@ class Guard:
         gpu: Colocation,
         watchdog: Watchdog,
         *,
-        log: Path,
+        folder: RunFolder,
     ) -> None:
-        """`log` is the run's log.txt; the first rank writes."""
-        self._store, self._rank, self._num_ranks = mesh.store, mesh.rank, mesh.world_size
+        """The first rank writes into the log of `folder`, once a run has begun there."""
+        # A connection of its own: in the work's one it would wait with the work.
+        self._store = mesh.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self._rank, self._num_ranks = mesh.rank, mesh.world_size
         self._points, self._stopwatch = gpu.points, gpu.stopwatch
-        self._watchdog, self._log = watchdog, log
+        self._watchdog, self._folder = watchdog, folder
         self.asked_by: str | None = None
         """What asked the run to stop."""
+        self._heard: Trouble | None = None
         self.asked_at = 0.0
         """When this rank heard of it, by `time.monotonic`."""
         self._first_signal: float | None = None
@@ -85,7 +90,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self._exits = contextlib.ExitStack()
-        self._inbox = self._exits.enter_context(_signals())
+        self._inbox = self._exits.enter_context(listening())
         self._thread.start()
         return self
 
@@ -98,40 +103,55 @@ class Guard:
         self._left.set()
         self._thread.join()
         # Refusals of what the user gave are raised on all ranks.
-        if error is not None and not isinstance(error, InputError):
-            with contextlib.suppress(DistError):
-                code = ALARM if isinstance(error, AlarmError) else BROKEN
-                trouble = self._report(_line(error), code)
-                self._share(trouble)
-        self._watchdog.rest()
-        self._exits.close()
+        try:
+            if error is not None and not isinstance(error, InputError):
+                self._part_with(error)
+        finally:
+            self._watchdog.rest()
+            self._exits.close()
+
+    def _part_with(self, error: BaseException) -> None:
+        """Says it, unless it is only that another rank is gone."""
+        with contextlib.suppress(DistError):
+            code = ALARM if isinstance(error, AlarmError) else BROKEN
+            self._heard = self._report(_line(error), code)
+            self._share(self._heard)
+            if self._rank == 0:
+                self._wait_until_all_know()
+        # All ranks may have found the same alarm: each says it.
+        first = None if isinstance(error, AlarmError) else self._heard
+        if first is not None and first.rank != self._rank:
+            self._end(f"ends because of {first}", first.code)
 
     def _listen(self) -> None:
         try:
             while not self._left.is_set():
-                self._hear()
+                self._hear(within=TICK_S)
                 self._look()
         except DistError as error:
             if not self._left.wait(FAREWELL_S):
                 self._end(f"the first rank, which serves the others, is gone: {_line(error)}")
+        finally:
+            if not self._left.is_set():  # who works without a guard cannot be stopped
+                traceback.print_exc()
+                self._end("its guard has failed")
 
-    def _hear(self) -> None:
-        """Waits a tick for signals."""
-        ready, _, _ = select.select([self._inbox], [], [], TICK_S)
-        if ready:
-            (number, *_) = self._inbox.recv(64)
-            name, now = signal.Signals(number).name, time.monotonic()
+    def _hear(self, *, within: float) -> None:
+        """Waits so many seconds for signals."""
+        for name in heard(self._inbox, within=within):
+            now = time.monotonic()
             if self._first_signal is None:
                 self._first_signal = now
                 self._store.set("stop/asked", f"{name} (rank {self._rank})")
             elif now - self._first_signal > ONE_EVENT_S:
-                self._end(f"{name} again: ends at once", STOPPED)
+                self._end(f"{name} again: ends at once")
 
     def _look(self) -> None:
         if self.asked_by is None and self._store.check(["stop/asked"]):
             self.asked_at = time.monotonic()
             self.asked_by = self._store.get("stop/asked").decode()
-            self._points.agree(self._exchange)
+            with contextlib.suppress(NoAgreementError):
+                self._points.agree(self._exchange)
         phase = self._stopwatch.current
         self._watchdog.rearm(phase)
         sign = (phase, self._stopwatch.num_switches, self._points.num_points)
@@ -139,26 +159,33 @@ class Guard:
         if late is not None:
             self._report(late, BROKEN, hangs=True)
         if self._store.check(["trouble"]):
-            self._share(Trouble(**json.loads(self._store.get("trouble"))))
+            self._heard = Trouble(**json.loads(self._store.get("trouble")))
+            self._share(self._heard)
 
     def _exchange(self, position: Position) -> Mapping[int, Point]:
         self._store.set(f"stop/at/{self._rank}", position.dump())
         if self._rank == 0:
             names = [f"stop/at/{rank}" for rank in range(self._num_ranks)]
-            positions = [Position.parse(self._await(name)) for name in names]
+            positions = [Position.parse(self._await(n, within=AGREEMENT_S)) for n in names]
             self._store.set("stop/points", json.dumps([*first_unpassed(positions).items()]))
-        return {r: Point(*point) for r, point in json.loads(self._await("stop/points"))}
+        agreed = self._await("stop/points", within=2 * AGREEMENT_S)
+        return {replica: Point(*point) for replica, point in json.loads(agreed)}
 
-    def _await(self, name: str) -> bytes:
-        if not self._comes(name, within=AGREEMENT_S):
-            self._end(f"could not agree on where to stop: {name!r} has not come")
+    def _await(self, name: str, *, within: float) -> bytes:
+        """Raises `NoAgreementError` where none is needed any more, or will ever be."""
+        deadline = time.monotonic() + within
+        while not self._comes(name, within=TICK_S):
+            if self._left.is_set() or self._store.check(["trouble"]):
+                raise NoAgreementError
+            if time.monotonic() > deadline:
+                self._report(f"cannot agree on where to stop: no {name!r}", BROKEN, hangs=True)
         return self._store.get(name)
 
     def _comes(self, name: str, *, within: float) -> bool:
-        """Not by the store's own waiting, which keeps the work from asking it anything."""
+        """Listening meanwhile, which the store's own waiting would not."""
         deadline = time.monotonic() + within
         while not (is_there := self._store.check([name])) and time.monotonic() < deadline:
-            time.sleep(0.01)
+            self._hear(within=LOOK_S)
         return is_there
 
     def _report(self, reason: str, code: int, *, hangs: bool = False) -> Trouble:
@@ -182,6 +209,12 @@ class Guard:
             return
         self._end(f"ends because of {trouble}", trouble.code)
 
+    def _wait_until_all_know(self) -> None:
+        """Before the store, which this rank may serve, is gone."""
+        deadline = time.monotonic() + FAREWELL_S
+        for rank in range(self._num_ranks):
+            self._comes(f"stacks/{rank}", within=max(0.0, deadline - time.monotonic()))
+
     def _write(self, trouble: Trouble) -> None:
         """Into the log; where somebody hangs, with the stacks of all who answer."""
         lines = [f"stopped: {trouble}"]
@@ -192,33 +225,15 @@ class Guard:
             within -= min(within, time.monotonic() - began)
             said = self._store.get(f"stacks/{rank}").decode() if came else "does not answer\n"
             lines.append(f"rank {rank}:\n{said}")
-        with self._log.open("a", encoding="utf-8") as log:
+        if not self._folder.is_begun:  # what is in the folder is another's business
+            return
+        with contextlib.suppress(OSError), self._folder.log.open("a", encoding="utf-8") as log:
             log.write("\n".join(lines) + "\n")
 
     def _end(self, why: str, code: int = BROKEN) -> None:
         """At once: no work can keep a process from it."""
         print(f"megatron-srpo: rank {self._rank}: {why}", file=sys.__stderr__, flush=True)
         os._exit(code)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """A socket with a byte for each signal, also while the main thread is in C code for long. Only
-    the main thread can set handlers; elsewhere nothing comes."""
-    inbox, outbox = socket.socketpair()
-    with inbox, outbox:
-        if threading.current_thread() is not threading.main_thread():
-            yield inbox
-            return
-        outbox.setblocking(False)
-        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        wakeup = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
-        try:
-            yield inbox
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _line(error: BaseException) -> str:

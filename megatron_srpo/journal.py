@@ -38,9 +38,9 @@ class Journal:
     """Steps whose rollouts are there already, maybe in the parts of another number of replicas."""
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
+        """Raises `AlarmError` if the disk refuses."""
         if step in self.held:
             return
-        self.folder.mkdir(exist_ok=True)
         stem = self.folder / f"{step:06d}-{self.replica:05d}-of-{self.num_replicas:05d}"
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         arrays = BytesIO()

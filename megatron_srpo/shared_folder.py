@@ -13,6 +13,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_srpo.run_folder import PREFLIGHT
+
 SEEN_S = 10.0
 """So long a network file system may take to show what another node has written."""
 LOOK_S = 0.05
@@ -37,7 +39,7 @@ def token_for(run_dir: Path) -> Generator[Token]:
     up = next(up for up, above in enumerate([folder, *folder.parents]) if above.is_dir())
     above = [folder, *folder.parents][up]
     content = uuid.uuid4().hex
-    token = Token(up=up, name=f".preflight-{content}", content=content)
+    token = Token(up=up, name=f"{PREFLIGHT}{content}", content=content)
     file = above / token.name
     try:
         file.write_text(content)
@@ -64,7 +66,7 @@ def problem_with(run_dir: Path, token: Token) -> str | None:
     try:
         if file.read_text() != token.content:
             return f"run_dir={run_dir} does not hold what the first rank has written there"
-        own = above / f".preflight-{uuid.uuid4().hex}"
+        own = above / f"{PREFLIGHT}{uuid.uuid4().hex}"
         own.touch(exist_ok=False)
         own.unlink()
     except FileNotFoundError:

@@ -1,9 +1,13 @@
-"""A folder or file that is whole or not there: written under another name, then renamed."""
+"""A folder or file that is whole or not there: written under another name, then renamed.
+
+What a disk refuses is one line: of a run, an alarm that names the path (`on_disk`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import secrets
@@ -13,10 +17,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from megatron_srpo.types import InputError
+from megatron_srpo.types import AlarmError, InputError
 
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up",
         errno.EFBIG: "a file may not grow that large"}  # fmt: skip
+WORDS = FULL | {errno.EROFS: "it can only be read", errno.EACCES: "it may not be written to"}
+LEFT = re.compile(r"\.[0-9a-f]{8}\.partial")
+"""Behind a folder's name, while it is being filled."""
 
 
 def check_free(out: Path) -> None:
@@ -51,6 +58,27 @@ def staged_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def leftovers(out: Path) -> list[Path]:
+    """What processes that were killed have left of `staged_folder(out)`, or still fill."""
+    found = sorted(out.parent.glob(f"{glob.escape(out.name)}.*.partial"))
+    return [path for path in found if LEFT.fullmatch(path.name.removeprefix(out.name))]
+
+
+@contextlib.contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """Around all that a run writes: `AlarmError` if the operating system refuses it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, InputError) as error:
+        number = _error_number(error)
+        if not number:
+            raise
+        why = WORDS.get(number, os.strerror(number))
+        raise AlarmError(
+            f"{path} could not be written: {why}; mend that and start again"
+        ) from error
+
+
 def publish(partial: Path, path: Path) -> None:
     """All of a folder on disk, then under its name, and that on disk too."""
     for written in [partial, *partial.rglob("*")]:
@@ -60,27 +88,38 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """A file: whole and on disk, or as it was."""
+    """A file, and its folder if need be: whole and on disk, or as it was. `AlarmError` if the disk
+    refuses it."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with on_disk(path):
+        path.parent.mkdir(exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        _sync(path.parent)
+
+
+def append_durably(path: Path, content: bytes) -> None:
+    """To a file, and on disk. `AlarmError` if the disk refuses it: a part may be there then."""
+    with on_disk(path), path.open("ab") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(path)
-    _sync(path.parent)
 
 
 def _error_number(error: BaseException) -> int:
     """What the operating system said, if anything, to whoever raised this.
 
     torch's zip writer stumbles over its own state and hides the cause behind its complaint;
-    safetensors has it in words.
+    safetensors has it in words, and so has what came from another process.
     """
     while not isinstance(error, OSError) and error.__context__ is not None:
         error = error.__context__
     if isinstance(error, OSError):
         return error.errno or 0
-    said = re.search(r"os error (\d+)", str(error))
+    said = re.search(r"(?:os error|Errno) (\d+)", str(error))
     return int(said[1]) if said else 0
 
 

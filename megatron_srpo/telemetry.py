@@ -16,6 +16,7 @@ import time
 import traceback
 import types
 from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -31,7 +32,7 @@ from rich.text import Text
 
 from megatron_srpo.config import LogConfig
 from megatron_srpo.run_folder import RunFolder
-from megatron_srpo.staging import write_durably
+from megatron_srpo.staging import append_durably, write_durably
 from megatron_srpo.stopwatch import Stopwatch
 
 MOST_LINES = 100
@@ -47,6 +48,22 @@ class PhaseColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{self._stopwatch.current:<9}", style="cyan")
+
+
+class Log(logging.Handler):
+    """log.txt, for people: what is said, and libraries' warnings. A disk that refuses a line of it
+    stops nothing: what a run needs is written elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.WARNING)
+        self._path = path
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(self.format(record) + "\n")
 
 
 class Telemetry:
@@ -72,12 +89,9 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         if self._folder is None:
             return self
-        self._metrics = self._exits.enter_context(self._folder.metrics.open("a", encoding="utf-8"))
-        self._log = self._exits.enter_context(self._folder.log.open("a", encoding="utf-8"))
-        handler = logging.StreamHandler(self._log)
-        handler.setLevel(logging.WARNING)
-        logging.getLogger().addHandler(handler)
-        self._exits.callback(logging.getLogger().removeHandler, handler)
+        self._log = Log(self._folder.log)
+        logging.getLogger().addHandler(self._log)
+        self._exits.callback(logging.getLogger().removeHandler, self._log)
         console = Console(file=sys.stderr)
         self._progress = Progress(
             TextColumn(self._name),
@@ -126,17 +140,20 @@ class Telemetry:
 
         assert self._folder is not None
         logdir = str(self._folder.root / "tensorboard")
-        writer = SummaryWriter(logdir, purge_step=self._first_step or None)
+        writer = SummaryWriter(logdir, purge_step=self._first_step)
         self._exits.callback(writer.close)
         return writer
 
     def log(self, step: int, metrics: Mapping[str, float], summary: str) -> None:
-        """One line of metrics.jsonl; `summary` is what the terminal shows of it."""
+        """One line of metrics.jsonl; `summary` is what the terminal shows of it.
+
+        Raises `AlarmError` if the disk refuses the line."""
         self._step = step + 1
         if self._folder is None:
             return
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._metrics.flush()
+        # Before any checkpoint of what is behind this step: no crash leaves a gap.
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        append_durably(self._folder.metrics, line.encode())
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
         if self._board is not None:
@@ -148,7 +165,6 @@ class Telemetry:
         left = per_step * (self._num_steps - done)
         line = f"{self._name} {done}/{self._num_steps}  {summary}  {left:.0f} s left"
         self._log.write(line + "\n")
-        self._log.flush()
         is_shown = done % max(1, self._num_steps // MOST_LINES) == 0 or done == self._num_steps
         if self._progress.disable and is_shown:
             print(line, file=sys.stderr, flush=True)
@@ -158,7 +174,6 @@ class Telemetry:
         if self._folder is None:
             return
         self._log.write(message + "\n")
-        self._log.flush()
         self._progress.console.print(message, highlight=False, soft_wrap=True)
 
     def __exit__(
@@ -171,5 +186,5 @@ class Telemetry:
             error.add_note(f"{self._name}: in step {self._step} of {self._num_steps}, from 0")
         if self._folder is not None and error is not None:
             self._log.write(f"stopped in step {self._step}: {error}\n")
-            self._log.writelines(traceback.format_exception(error))
+            self._log.write("".join(traceback.format_exception(error)))
         self._exits.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import shutil
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -27,22 +29,28 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopping import StopRequested
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.types import AlarmError, Group
-from megatron_srpo.watchdog import Watchdog
+from megatron_srpo.watchdog import Watchdog, ended_after
+
+GUARDED = timedelta(hours=24)
+"""In a collective: what hangs is ended by the guard, which can say where all ranks are."""
 
 
 def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> bool:
     """Run the config, from where its run folder has come to; or, with `replay`, train on the
     rollouts in that run's folder. Whether it came to the end: it may have been asked to stop."""
-    mesh = checked_mesh(cfg.parallel, rollout_tp=cfg.rollout.tp, run_dir=cfg.run_dir)
+    mesh = checked_mesh(
+        cfg.parallel, rollout_tp=cfg.rollout.tp, run_dir=cfg.run_dir, longest_wait=GUARDED
+    )
     is_finished = train_on(mesh, cfg, inputs, replay)
-    destroy_mesh()
+    with ended_after(cfg.deadlines.other_s):
+        destroy_mesh()
     return is_finished
 
 
 def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None) -> bool:
     """The same on processes that have found each other."""
     folder, gpu = RunFolder(cfg.run_dir), Colocation.on(mesh)
-    with Guard(mesh, gpu, Watchdog(cfg=cfg.deadlines), log=folder.log) as guard:
+    with Guard(mesh, gpu, Watchdog(cfg=cfg.deadlines), folder=folder) as guard:
         run = assemble(cfg, inputs, mesh, replay, gpu)
         seen = mesh.gather(inputs.progress)
         with claimed(folder, partial(begin, cfg, seen, replay), rank=mesh.rank, gather=mesh.gather):
@@ -96,15 +104,12 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
 def save(run: Run, folder: RunFolder) -> None:
     """The state after the last whole step, and what the next one has finished. Collective."""
     mesh = run.mesh
-    if mesh.is_leader:
-        write_kept(
-            folder.kept,
-            run.completions.current(),
-            version=run.engine.weight_version,
-            replica=mesh.replica,
-            num_replicas=mesh.num_replicas,
-        )
     run.checkpoints.save()
+    if mesh.is_leader:
+        replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
+        with contextlib.suppress(AlarmError):  # a full disk; what is not there is drawn again
+            known = run.completions.to_keep(**replica)
+            write_kept(folder.kept, known, version=run.engine.weight_version, **replica)
 
 
 def loop(run: Run, telemetry: Telemetry) -> None:

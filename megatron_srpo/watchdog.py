@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_srpo.config import DeadlineConfig
@@ -47,6 +47,16 @@ class Watchdog:
     def rest(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._sign = None
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Where no guard listens: a process that is still inside by then shows its stacks and ends."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def stacks() -> str:

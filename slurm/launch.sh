@@ -5,6 +5,7 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 attempt=${SLURM_RESTART_COUNT:-0}
 step='' # process id of srun
+asked='' # to stop
 
 say() { echo "$(date +%FT%T) job $SLURM_JOB_ID, attempt $attempt: $*"; }
 
@@ -95,7 +96,7 @@ requeue() { # exits
     exit "$cause"
 }
 
-trap 'say "is asked to stop"; [[ $step ]] && kill -USR1 "$step"' USR1 # srun sends it to all tasks
+trap 'say "is asked to stop"; asked=1; [[ $step ]] && kill -USR1 "$step"' USR1 # srun tells all tasks
 # Slurm has sent it to the tasks too; a second signal would make them leave without saving.
 trap 'say "is ended by Slurm"' TERM
 
@@ -106,6 +107,7 @@ set_environment
 make_command
 say "$SLURM_JOB_NODELIST, $tasks_per_node tasks each, $MASTER_ADDR:$MASTER_PORT; logs in $logs"
 wait_for_namesakes
+if [[ $asked ]]; then cause=75 && requeue; fi # nothing has begun that could save itself
 run_tasks "$@"
 srun_code=$?
 find_cause "$srun_code"

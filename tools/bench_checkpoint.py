@@ -112,7 +112,8 @@ def work(scratch: Path, repeat: int) -> None:
 
     learner = build()
     writers = {
-        kind: CheckpointWriter(learner, asynchronous=kind == "asynchronous") for kind in KINDS
+        kind: CheckpointWriter(learner, asynchronous=kind == "asynchronous", gather=mesh.gather)
+        for kind in KINDS
     }
 
     def save(kind: str, name: str) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def save(learner: MegatronLearner, mesh: Mesh, folder: Path) -> CheckpointWriter
     if mesh.rank == 0:
         folder.mkdir()
     mesh.gather(None)
-    writer = CheckpointWriter(learner, asynchronous=True)
+    writer = CheckpointWriter(learner, asynchronous=True, gather=mesh.gather)
     writer.begin(folder)
     return writer
 

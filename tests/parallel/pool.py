@@ -24,6 +24,13 @@ PATIENCE_S = 20
 """So long the others may take to notice that one has failed."""
 
 
+def forked() -> Any:
+    """How processes start here: from a server that has imported everything."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.survival.preloaded"])
+    return context
+
+
 class Pool:
     """One executor per process: which rank runs where is then known."""
 
@@ -61,7 +68,7 @@ class Pool:
         return [pickle.loads(future.result()) for future in futures]
 
     def _first(self, num: int) -> list[ProcessPoolExecutor]:
-        context = get_context("spawn")
+        context = forked()
         while len(self._executors) < num:
             self._executors.append(ProcessPoolExecutor(1, context, initializer=_begin))
         return self._executors[:num]

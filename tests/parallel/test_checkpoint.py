@@ -72,7 +72,9 @@ def test_a_disk_that_is_full_is_an_alarm_on_all_ranks(
 ) -> None:
     """Found by the writers, while the learner goes on."""
     alarms = pool.run(2, checkpoint_jobs.lost_while_writing, policy, tmp_path / "checkpoint")
-    assert all(alarm.startswith("the checkpoint could not be written") for alarm in alarms)
+    for alarm in alarms:
+        assert "checkpoint could not be written: RuntimeError: Worker failure: [Errno 28]" in alarm
+        assert "GiB are free there" in alarm and "\n" not in alarm
 
 
 def test_files_that_kept_their_size_and_lost_their_content_are_one_line_on_every_rank(

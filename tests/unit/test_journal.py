@@ -23,7 +23,7 @@ from megatron_srpo.journal import (
     is_whole,
     read_step,
 )
-from megatron_srpo.types import Group, InputError, Prompt, Reset, Score, Thought
+from megatron_srpo.types import AlarmError, Group, InputError, Prompt, Reset, Score, Thought
 from tests.unit.builders import group, prompt, rollout
 
 HARD_TEXT = 'a "quote", a \\ backslash,\u2028 \u2029 \x85 \r\n\t\0 é 漢 🙂'
@@ -214,7 +214,7 @@ def test_a_half_written_part_is_ignored(tmp_path: Path):
 
 def test_lines_are_written_after_their_arrays(tmp_path: Path):
     (tmp_path / "000005-00000-of-00001.npz.partial").mkdir()  # arrays cannot be written here
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(AlarmError, match="Is a directory"):
         journal(tmp_path).write(5, step_of("p"))
     assert not list(tmp_path.glob("*.jsonl*"))
 

@@ -222,3 +222,10 @@ def test_a_whole_line_that_cannot_be_read_is_named_unless_it_is_the_last(folder:
     folder.metrics.write_bytes(b"".join([*lines, nothing]))
     rewind(folder, progress)
     assert steps_of(folder) == [0, 1, 2, 3]
+
+
+def test_of_an_export_that_was_killed_nothing_stays(folder: RunFolder):
+    (folder.root / "hf.0123abcd.partial").mkdir()
+    (folder.root / "hf.0123abcd.partial" / "model.safetensors").write_bytes(b"half")
+    rewind(folder, progress_of(cfg_of(folder.root)))
+    assert not [*folder.root.glob("hf*")]

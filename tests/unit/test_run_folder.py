@@ -111,3 +111,22 @@ def test_a_folder_that_cannot_be_written_to_is_a_refusal_too(tmp_path: Path):
     folder = RunFolder(tmp_path / "file" / "run")
     with pytest.raises(InputError, match=r"run_dir=.*Not a directory"), claim(folder, list):
         pass
+
+
+def test_a_folder_whose_log_cannot_be_opened_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = RunFolder(tmp_path)
+    folder.log.touch()
+
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"run_dir=.*: \[Errno 30\] Read-only file system"):
+        folder.check_idle()
+
+
+def test_what_a_killed_preflight_has_left_is_nobodys(tmp_path: Path):
+    (tmp_path / ".preflight-0a").touch()
+    RunFolder(tmp_path).check_free()

@@ -10,8 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_srpo.staging import check_free, staged_folder
-from megatron_srpo.types import InputError
+from megatron_srpo.staging import (
+    append_durably,
+    check_free,
+    leftovers,
+    on_disk,
+    staged_folder,
+    write_durably,
+)
+from megatron_srpo.types import AlarmError, InputError
 from tests.unit.full_disk import files_up_to
 
 
@@ -120,3 +127,45 @@ def test_a_folder_that_exists_or_cannot_be_made_is_refused(tmp_path: Path):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(InputError, match="link: exists already"):
         check_free(tmp_path / "link")
+
+
+def test_what_a_run_cannot_write_is_an_alarm_that_names_the_file(tmp_path: Path, small_disk: None):
+    write_durably(tmp_path / "new" / "file", bytes(100))
+    for write, name in ((write_durably, "file"), (append_durably, "lines")):
+        with pytest.raises(AlarmError, match="a file may not grow that large") as error:
+            write(tmp_path / "new" / name, bytes(100_000))
+        assert str(error.value).startswith(f"{tmp_path / 'new' / name} could not be written: ")
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "new" / "file").read_bytes() == bytes(100)
+
+
+def test_what_came_from_another_process_and_what_a_folder_refused_are_alarms_too(tmp_path: Path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(AlarmError, match="out could not be written: the disk is full"),
+        on_disk(out),
+    ):
+        raise RuntimeError("Worker failure: [Errno 28] No space left on device")
+    with (
+        pytest.raises(AlarmError, match="out could not be written: a file may not grow"),
+        on_disk(out),
+        files_up_to(50_000),
+        staged_folder(out) as partial,
+    ):
+        write_plainly(partial)
+    with pytest.raises(RuntimeError, match="odd"), on_disk(tmp_path):
+        raise RuntimeError("odd")
+
+
+def test_lines_are_on_disk_when_they_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((tmp_path / "lines").read_bytes()))
+    append_durably(tmp_path / "lines", b"a\n")
+    append_durably(tmp_path / "lines", b"b\n")
+    assert synced == [b"a\n", b"a\nb\n"]
+
+
+def test_leftovers_are_what_a_killed_process_left_of_that_folder(tmp_path: Path):
+    for name in ("out.0123abcd.partial", "out.partial", "out.x.partial", "outer.0123abcd.partial"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in leftovers(tmp_path / "out")] == ["out.0123abcd.partial"]

@@ -7,12 +7,14 @@ states are left out: every draw of this package is a function of the seed and of
 
 Writers are processes that Megatron forks. Its persistent worker, the other way, asks for
 `torch.cuda.device_count()` and needs one at least; and where it lives, it keeps CUDA contexts.
-Its results come back through a process that is *spawned*: the main module is imported again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -27,7 +29,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_srpo.checkpoint_store import damaged
+from megatron_srpo.engines.megatron import upstream
 from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.staging import on_disk
 from megatron_srpo.types import AlarmError
 
 UNREADABLE = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError, ValueError)
@@ -37,40 +41,59 @@ UNREADABLE = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError,
 class CheckpointWriter:
     """Writes one checkpoint at a time. Every call is collective."""
 
-    def __init__(self, learner: MegatronLearner, *, asynchronous: bool) -> None:
-        self._learner, self._asynchronous = learner, asynchronous
+    def __init__(
+        self,
+        learner: MegatronLearner,
+        *,
+        asynchronous: bool,
+        gather: Callable[[list[str]], list[list[str]]],
+    ) -> None:
+        """`gather`: every rank's value, on every rank (`Mesh.gather`)."""
+        self._learner, self._asynchronous, self._gather = learner, asynchronous, gather
         self._queue = AsyncCallsQueue()
+        self._folder = Path()
+        upstream.install_results()
 
     def begin(self, folder: Path, *, wait: bool = False) -> None:
         """Into an empty folder. Comes back when the state is copied; if it is to wait, or not
         asynchronous, when it is written. Raises `AlarmError` if it could not be."""
+        self._folder = folder
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(), _copies_group()
         )
-        request: Any = dist_checkpointing.save(
-            sharded_state(self._learner, is_loading=False),
-            str(folder),
-            strategy,
-            async_sharded_save=True,
-        )
-        if self._asynchronous and not wait:
-            self._queue.schedule_async_request(request)
-            return
-        try:
-            request.execute_sync()
-        except CheckpointException as error:
-            raise AlarmError(f"{folder} could not be written: {error}") from error
+        state = sharded_state(self._learner, is_loading=False)
+        with self._on_disk(), upstream.forked_end_with_this():
+            request: Any = dist_checkpointing.save(
+                state, str(folder), strategy, async_sharded_save=True
+            )
+            if self._asynchronous and not wait:
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
 
     def is_done(self, *, wait: bool) -> bool:
         """Whether what was begun is on disk, on all ranks; Megatron's metadata come last.
 
         Raises `AlarmError` if it could not be written.
         """
-        try:
+        with self._on_disk():
             self._queue.maybe_finalize_async_calls(blocking=wait)
-        except CheckpointException as error:
-            raise AlarmError(f"the checkpoint could not be written: {error}") from error
         return self._queue.get_num_unfinalized_calls() == 0
+
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """`AlarmError` if the operating system refuses, here or to one of the writers."""
+        try:
+            with on_disk(self._folder):
+                yield
+        except CheckpointException as error:
+            # On all ranks; only the first knows what has happened.
+            said = self._gather([_line(failure) for failure, _ in error.failures.values()])[0]
+            free = shutil.disk_usage(self._folder).free / 2**30
+            raise AlarmError(
+                f"{self._folder} could not be written: {'; '.join(said)} ({free:.1f} GiB are free "
+                "there); mend that and start again"
+            ) from error
 
 
 def load_checkpoint(learner: MegatronLearner, folder: Path) -> None:

@@ -26,8 +26,8 @@ from megatron_srpo.engines.megatron import cpu
 from megatron_srpo.rendezvous import meet
 
 T = TypeVar("T")
-LONGEST_WAIT = timedelta(hours=24)
-"""In a collective. It is the watchdog who ends a long one: it can say where all ranks are."""
+LONGEST_WAIT = timedelta(hours=2)
+"""In a collective: rollout engines may be done at different times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,18 +122,19 @@ def build_mesh(
     *,
     rollout_tp: int = 1,
     store: Store | None = None,
+    longest_wait: timedelta = LONGEST_WAIT,
 ) -> Mesh:
     """Collective over all processes, which torchrun or srun has started.
 
     `inputs.check_layout` has found the sizes to divide; by default all ranks are data parallel.
-    `store` is where they have met already.
+    `store` is where they have met already, `longest_wait` the time limit of collectives.
     """
     parallel, store = parallel or ParallelConfig(), store or meet()
-    _join(store, parallel)
+    _join(store, parallel, longest_wait)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     replicas = np.arange(world_size).reshape(-1, rollout_tp).tolist()
     replica_group, _ = dist.new_subgroups_by_enumeration(
-        replicas, timeout=LONGEST_WAIT, backend="gloo"
+        replicas, timeout=longest_wait, backend="gloo"
     )
     tp_group = _known(parallel_state.get_tensor_model_parallel_group())
     pp_group = _known(parallel_state.get_pipeline_model_parallel_group())
@@ -164,12 +165,12 @@ def build_mesh(
         replica=rank // rollout_tp,
         num_replicas=len(replicas),
         replica_group=_known(replica_group),
-        host_group=_known(dist.new_group(backend="gloo", timeout=LONGEST_WAIT)),
+        host_group=_known(dist.new_group(backend="gloo", timeout=longest_wait)),
         store=store,
     )
 
 
-def _join(store: Store, parallel: ParallelConfig) -> None:
+def _join(store: Store, parallel: ParallelConfig, longest_wait: timedelta) -> None:
     """torch's default group, and Megatron's."""
     cpu.install()
     if torch.cuda.is_available():
@@ -179,7 +180,7 @@ def _join(store: Store, parallel: ParallelConfig) -> None:
         store=PrefixStore("groups", store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=LONGEST_WAIT,
+        timeout=longest_wait,
     )
     parallel_state.initialize_model_parallel(
         parallel.tp,

@@ -1,5 +1,13 @@
 """Faults of Megatron-Core 0.16.1 that have nothing to do with CUDA, and the way around each.
 
+The writers of a checkpoint, which are forked (strategies/filesystem_async.py):
+
+1. What they tell their rank travels through a process that each rank spawns for it. It imports
+   torch and the main module again (seconds in the first save, 275 MB a rank), and where the rank is
+   killed it stays for ever.   -> `Results`
+2. Where the rank is killed they write on: the same command, at once, finds somebody at work.
+   -> `forked_end_with_this`
+
 The distributed optimizer over torch's own AdamW, which is what Megatron takes where neither
 Transformer Engine nor Apex is installed, GPU or not, checkpointed as `fully_reshardable`
 (optimizer/distrib_optimizer.py):
@@ -23,10 +31,18 @@ has mended it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+import pickle
+import queue
+import signal
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 
@@ -87,3 +103,53 @@ def load_states(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = state["step"]
+
+
+class Results:
+    """A queue for one message from whoever was forked: memory without a name, open on both
+    sides."""
+
+    def __init__(self) -> None:
+        self._memory = open(os.memfd_create("results"), "r+b", buffering=0)  # noqa: SIM115
+
+    def put(self, results: Any) -> None:
+        self._memory.seek(0)
+        self._memory.write(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        """Raises `queue.Empty` where nothing has been put."""
+        self._memory.seek(0)
+        content = self._memory.read()
+        self._memory.truncate(0)
+        if not content:
+            raise queue.Empty
+        return pickle.loads(content)
+
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+_forked_end_with_parent = ContextVar("forked_end_with_parent", default=False)
+
+
+@contextlib.contextmanager
+def forked_end_with_this() -> Iterator[None]:
+    """What is forked meanwhile by this thread, and what that forks, is killed when its parent is
+    gone."""
+    token = _forked_end_with_parent.set(True)
+    try:
+        yield
+    finally:
+        _forked_end_with_parent.reset(token)
+
+
+def _end_with_parent() -> None:
+    if _forked_end_with_parent.get():
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_end_with_parent)
+
+
+def install_results() -> None:
+    """For the checkpoints that this process writes from now on, one at a time."""
+    filesystem_async._results_queue = Results()

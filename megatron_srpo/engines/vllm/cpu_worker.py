@@ -2,7 +2,8 @@
 
 - Under `external_launcher` vLLM 0.32 names the processes' shared memory after the group's ranks
   alone: two runs on a machine ask for the same names, and what a killed run left behind fails the
-  next one ("create shm in SHMManager failed. errno: 17").
+  next one ("create shm in SHMManager failed. errno: 17"). Under a name of its own a killed run
+  would leave its memory taken for ever: the name goes when all have opened it.
 - Experts are packed for the CPU when they are loaded first, and no more when they are loaded again
   (unquantized_fused_moe_method.py: a kernel that exists is kept for the sake of CUDA graphs): after
   a weight sync their outputs are wrong, without an error.
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class CPUEngineWorker(CPUWorker):
@@ -30,6 +34,10 @@ class CPUEngineWorker(CPUWorker):
         dist.broadcast_object_list(name, src=0)
         self.distributed_init_method = f"file://{name[0]}"
         super().init_device()
+        dist.barrier()
+        # All have it open: without a name it ends with them, also if they are killed.
+        for file in SHARED_MEMORY.glob(f"{name[0]}-*"):
+            file.unlink(missing_ok=True)
 
     def reload_weights(self, *arguments: Any, **others: Any) -> None:
         """Experts get a new kernel, and so are packed again."""
