@@ -29,6 +29,7 @@ from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.rollouts import Roles
+from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import Group, Prompt, Sample, Score
 from tests.e2e.small_run import write_small_run
 
@@ -170,7 +171,7 @@ class World:
 
     def weights(self, cfg: Config) -> dict[str, torch.Tensor]:
         """After two steps on the default samples of the journal."""
-        learner = build_learner(cfg, self.mesh)
+        learner = build_learner(cfg, self.mesh, StopPoints())
         inputs = read_inputs(cfg, num_processes=1)
         auxiliary = auxiliary_samples(cfg, inputs, {"replica": 0, "num_replicas": 1})
         for step in range(2):
