@@ -140,6 +140,7 @@ def build_learner(cfg: Config, mesh: Mesh, points: StopPoints) -> MegatronLearne
         optimizer=cfg.optimizer,
         loss=cfg.loss,
         num_steps=cfg.num_steps,
+        kernels=cfg.kernels,
         points=points,
     )
 

@@ -204,6 +204,12 @@ class ParallelConfig(Section):
     """Gradients and parameters travel between processes while others are computed."""
 
 
+class KernelConfig(Section):
+    head: Literal["fused", "reference"] = "fused"
+    """From hidden states to log-probs. fused: only of tokens that are trained on, in chunks of the
+    vocabulary. reference: by way of all logits, with Megatron's cross entropy."""
+
+
 class RetentionConfig(Section):
     data: Path | None = None
     """Labelled localization demonstrations (`prompt`, `response`); null: no such loss."""
@@ -306,6 +312,7 @@ class Config(Section):
     max_logprob_diff: Positive = 1e-5
     """The run stops where trainer and rollout engine differ by more nats on any token."""
     parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelConfig = KernelConfig()
     micro_batch_tokens: Count = 16384
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
     reward: str = "boxed"

@@ -25,7 +25,7 @@ from megatron_srpo.staging import leftovers
 from megatron_srpo.types import InputError
 
 MAY_DIFFER = (
-    "run_dir", "max_logprob_diff", "parallel", "micro_batch_tokens", "reward_timeout_s",
+    "run_dir", "max_logprob_diff", "parallel", "kernels", "micro_batch_tokens", "reward_timeout_s",
     "rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_bytes", "checkpoint", "deadlines",
     "log", "sft",
 )  # fmt: skip

@@ -56,6 +56,7 @@ def _warm_start(
         optimizer=warm.optimizer,
         loss=LossConfig(),
         num_steps=warm.num_steps,
+        kernels=cfg.kernels,
     )
     layout = PackLayout.on(mesh, max_tokens=cfg.micro_batch_tokens)
     stopwatch = Stopwatch()

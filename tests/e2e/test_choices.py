@@ -29,6 +29,7 @@ from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.rollouts import Roles
+from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import Group, Prompt, Sample, Score
 from tests.e2e.small_run import write_small_run
 
@@ -121,6 +122,8 @@ ELSEWHERE = {
     # how the work is divided, which must not change the result: tests/parallel
     "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.ep",
     "parallel.recompute", "parallel.overlap", "rollout.tp", "micro_batch_tokens",
+    # how the head is computed, likewise: tests/parallel/test_layouts.py
+    "kernels.head",
     # when a run that shows no sign of life ends: tests/unit/test_watchdog.py
     *(f"deadlines.{name}" for name in DeadlineConfig.model_fields),
     # when a reward is given up, which changes none that answers: tests/unit/test_process.py
@@ -168,7 +171,7 @@ class World:
 
     def weights(self, cfg: Config) -> dict[str, torch.Tensor]:
         """After two steps on the default samples of the journal."""
-        learner = build_learner(cfg, self.mesh)
+        learner = build_learner(cfg, self.mesh, StopPoints())
         inputs = read_inputs(cfg, num_processes=1)
         auxiliary = auxiliary_samples(cfg, inputs, {"replica": 0, "num_replicas": 1})
         for step in range(2):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.assembly import Run, assemble
@@ -23,7 +25,7 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.train import loop
-from megatron_srpo.types import AlarmError, Prompt, Score
+from megatron_srpo.types import AlarmError, Batch, Prompt, Score
 from tests.e2e.small_run import small_config
 
 
@@ -88,8 +90,34 @@ def go(run: Run) -> None:
         loop(run, telemetry)
 
 
-def test_without_a_fault_the_step_is_green(run: Run) -> None:
+class OperationCount(TorchDispatchMode):
+    """How often torch was asked for each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_a_fault_the_step_is_green_and_goes_through_the_fused_head(run: Run) -> None:
+    count, update, num_micro_batches = OperationCount(), run.learner.update, 0
+
+    def counted(batches: Sequence[Batch]) -> dict[str, float]:
+        nonlocal num_micro_batches
+        num_micro_batches += sum(len(batch.micro_batches) for batch in batches)
+        with count:
+            return update(batches)
+
+    run.learner.update = counted  # type: ignore[method-assign]
     go(run)
+    assert num_micro_batches > 0
+    for name in ("linear_logprob", "linear_logprob_backward"):
+        assert count.calls[f"megatron_srpo::{name}"] == num_micro_batches
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_srpo.batching import mini_batches
-from megatron_srpo.config import LossConfig, OptimizerConfig
+from megatron_srpo.config import KernelConfig, LossConfig, OptimizerConfig
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_chunks
 from megatron_srpo.engines.megatron.weights import full_tensors, load_hf, local_parameters
 from megatron_srpo.exchange import exchange
+from megatron_srpo.kernels.linear_logprob import linear_logprob
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.preflight import check_all_reduce
 from megatron_srpo.protocols import Generator
@@ -49,7 +50,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 def build_learner(
-    policy: Path, mesh: Mesh, *, loss: LossConfig = REINFORCE, warmup_steps: int = 0
+    policy: Path,
+    mesh: Mesh,
+    *,
+    loss: LossConfig = REINFORCE,
+    warmup_steps: int = 0,
+    kernels: KernelConfig = KernelConfig(),
 ) -> MegatronLearner:
     return MegatronLearner(
         policy,
@@ -59,6 +65,7 @@ def build_learner(
         optimizer=OptimizerConfig(lr=1e-2, eps=1e-4, clip_grad=0.05, warmup_steps=warmup_steps),
         loss=loss,
         num_steps=10,
+        kernels=kernels,
     )
 
 
@@ -293,6 +300,37 @@ def on_layout(mesh: Mesh, policy: Path, max_tokens: tuple[int, ...]) -> dict[str
         "steps": three_steps(learner, mesh),
         "alarm": not_a_number(learner, mesh),
     }
+
+
+def by_reference_head(mesh: Mesh, policy: Path) -> tuple[dict[str, float], Tensors]:
+    """As `gradient`, by way of all logits."""
+    return gradient(build_learner(policy, mesh, kernels=KernelConfig(head="reference")), mesh, 100)
+
+
+def shared_vocabulary(mesh: Mesh, bounds: Sequence[int]) -> list[torch.Tensor]:
+    """Log-prob, entropy and their gradients, in fp32; rank r holds tokens bounds[r] to [r + 1], and
+    then a row that is none. Gradients of the hidden states are summed, of the weight put together.
+    """
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=random).requires_grad_()
+    weight = torch.randn(bounds[-1], 16, generator=random)
+    targets = torch.randint(0, bounds[-1], (9,), generator=random)
+    first, end = bounds[mesh.tp_rank : mesh.tp_rank + 2]
+    own = torch.cat([weight[first:end], torch.full((1, 16), float("nan"))]).requires_grad_()
+    found = linear_logprob(
+        hidden, own, targets, temperature=0.8, first_id=first, num_real=end - first,
+        group=mesh.tp_group, chunk=4,
+    )  # fmt: skip
+    factor = torch.arange(1.0, 10.0)
+    by_hidden, by_weight = torch.autograd.grad(
+        (found[0] * factor).sum() + (found[1] * factor.cos()).sum(), [hidden, own]
+    )
+    assert by_weight[-1].abs().max() == 0
+    return [
+        *(x.detach() for x in found),
+        torch.stack(mesh.gather(by_hidden)).sum(0),
+        torch.cat(mesh.gather(by_weight[:-1])),
+    ]
 
 
 LAYERS = {"stacked": False, "numbered": True}

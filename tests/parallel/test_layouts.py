@@ -128,6 +128,33 @@ def test_several_updates_with_every_part_of_the_loss_are_those_of_one_process(
     assert other == pytest.approx(stats, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["one process", "TP2", "TP2xCP2", "PP2xVPP2"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"], ids=["tied", "untied"])
+def test_the_reference_head_has_the_gradient_and_the_metrics_of_the_fused_one(
+    pool: Pool, found: Found, families: parity.References, family: str, layout: str
+) -> None:
+    num, parallel = parity.LAYOUTS[layout]
+    stats, gradient = pool.run(num, jobs.by_reference_head, families.policy(family), **parallel)[0]
+    reference.assert_gradient(stats, gradient, families.gradient(family))
+    fused, _ = found(family, layout)[0]["gradients"][100]
+    assert stats == pytest.approx(fused, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 37], [0, 20, 37], [0, 36, 37], [0, 0, 37], [0, 10, 20, 30, 37], [0, 9, 9, 9, 37]]
+)
+def test_ranks_that_share_a_vocabulary_have_the_same_bits_and_what_one_process_has(
+    pool: Pool, bounds: list[int]
+) -> None:
+    num = len(bounds) - 1
+    first, *others = pool.run(num, jobs.shared_vocabulary, bounds, tp=num)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    (alone,) = pool.run(1, jobs.shared_vocabulary, [0, 37])
+    for one, right in zip(first, alone, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-6, atol=5e-6)
+
+
 def test_one_key_value_head_can_be_shared_by_tensor_parallel_ranks(
     pool: Pool, tmp_path: Path
 ) -> None:

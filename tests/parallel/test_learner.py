@@ -12,7 +12,13 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.batching import pack
 from megatron_srpo.data import demonstration_sample
-from megatron_srpo.engines.megatron.logprobs import scaled_logits, token_entropies
+from megatron_srpo.engines.megatron.logprobs import (
+    HEADS,
+    Head,
+    fused,
+    scaled_logits,
+    token_entropies,
+)
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_writer import write_folder
@@ -128,6 +134,36 @@ def test_entropy_is_that_of_the_tempered_distribution_over_real_tokens(mesh: Mes
     found = token_entropies(scaled, group=mesh.tp_group)
     right = torch.distributions.Categorical(logits=logits[:, :29].double() / 0.5).entropy()
     torch.testing.assert_close(found.double(), right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_what_the_loss_does_not_want_is_not_looked_at(mesh: Mesh, head: Head) -> None:
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=random) for n in (7, 31))
+    targets, is_wanted = torch.arange(7) * 4, torch.arange(7) % 3 == 1
+    hidden[~is_wanted] = float("nan")
+    hidden.requires_grad_()
+    found = head(
+        hidden, weight, targets, is_wanted, temperature=0.5, num_real=29, group=mesh.tp_group
+    )
+    logits = (hidden.detach() @ weight[:29].T)[is_wanted].double() / 0.5
+    right = torch.distributions.Categorical(logits=logits)
+    wanted = right.log_prob(targets[is_wanted]), right.entropy()
+    for values, correct in zip(found, wanted, strict=True):
+        assert torch.equal(values[~is_wanted], torch.zeros(5))
+        torch.testing.assert_close(values[is_wanted].double(), correct, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_the_loss_does_not_want_have_no_gradient(mesh: Mesh) -> None:
+    hidden, weight = (torch.ones(n, 4).requires_grad_() for n in (5, 8))
+    targets = torch.zeros(5, dtype=torch.long)
+    is_wanted = torch.zeros(5, dtype=torch.bool)
+    found, _ = fused(
+        hidden, weight, targets, is_wanted, temperature=1.0, num_real=8, group=mesh.tp_group
+    )
+    found.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros(5, 4))
+    assert torch.equal(weight.grad, torch.zeros(8, 4))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -17,7 +17,7 @@ LEVELS = (
     "types protocols config config_file seeding environment run_folder staging shared_folder",
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics stopwatch "
-    "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous",
+    "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate evaluate_model "
     "exchange replica export inputs sft assembly train checkpoints resume convert verify submit",

@@ -1,8 +1,8 @@
 """Packed micro-batches through the policy, over pipeline, tensor and context parallel ranks.
 
-    micro-batch -> logits of this rank's part -> what is made of them, on the last stage
+    micro-batch -> hidden states of this rank's part -> what is made of them, on the last stage
 
-Legend: T packed tokens, V padded vocabulary / TP.
+Legend: T packed tokens, H hidden size, V padded vocabulary / TP.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_srpo.batching import pack
+from megatron_srpo.config import KernelConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.context import with_others, zigzag
-from megatron_srpo.engines.megatron.logprobs import (
-    scaled_logits,
-    token_entropies,
-    token_logprobs,
-)
+from megatron_srpo.engines.megatron.logprobs import HEADS
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import Heads
 from megatron_srpo.pack_layout import PackLayout
@@ -44,11 +42,13 @@ class Forward:
         models: Sequence[torch.nn.Module],
         mesh: Mesh,
         heads: Heads,
+        kernels: KernelConfig = KernelConfig(),
         points: StopPoints | None = None,
     ) -> None:
         """`models`: chunks of an interleaved pipeline, or the one of any other. Each micro-batch is
         one of `points`."""
         self._models, self._mesh, self._heads = list(models), mesh, heads
+        self._head = HEADS[kernels.head]
         self._points = points or StopPoints()
         self.is_stopping = False
         """The rest of the running schedule is empty; at its end comes `StopRequested`."""
@@ -61,8 +61,9 @@ class Forward:
         *,
         forward_only: bool,
     ) -> list[R]:
-        """Megatron's schedule. `finish` makes of a micro-batch's index and logits [T / CP, V] its
-        loss and a result; results come in the order of the micro-batches, from the last stage only.
+        """Megatron's schedule. `finish` makes of a micro-batch's index and hidden states
+        [T / CP, H] its loss and a result; results come in the order of the micro-batches, from the
+        last stage only.
 
         Raises `StopRequested`, on all ranks, if the run is to stop at one of these micro-batches.
         The schedule is run to its end also then, since the stages of a pipeline wait for each
@@ -123,21 +124,33 @@ class Forward:
         """On the policy's device."""
         return torch.tensor(array, device=self._device)
 
-    def scaled(self, logits_TV: Tensor, *, temperature: float) -> Tensor:
-        """[T / CP, V] what `entropies` and, after it, `logprobs` are computed from."""
-        return scaled_logits(logits_TV, temperature=temperature, num_real=self._num_real)
+    @property
+    def _head_weight(self) -> Tensor:
+        """[V, H], on the last stage."""
+        chunk: Any = unwrap_model(self._models[-1])
+        if chunk.share_embeddings_and_output_weights:
+            return chunk.shared_embedding_or_output_weight()
+        return chunk.output_layer.weight
 
-    def entropies(self, scaled_TV: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """[T] of all next-token distributions, on every context parallel rank; no gradient."""
-        entropies_T = token_entropies(scaled_TV.detach(), group=self._mesh.tp_group)
-        return self._of_all_ranks(entropies_T, micro_batch)
-
-    def logprobs(self, scaled_TV: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """[T] of all targets, on every context parallel rank; only what this rank computed has a
-        gradient. Overwrites `scaled_TV`."""
+    def logprobs(
+        self, hidden_TH: Tensor, micro_batch: MicroBatch, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """[T] log-probs of the targets and [T] entropies, on every context parallel rank; 0 where
+        the loss has no weight. Only log-probs that this rank computed have a gradient."""
         cu_seqlens = self.tensor(micro_batch.cu_seqlens)
-        targets_T = self._own_part(micro_batch.target_ids, cu_seqlens)
-        return self._of_all_ranks(token_logprobs(scaled_TV, targets_T), micro_batch)
+        logprobs_T, entropies_T = self._head(
+            hidden_TH,
+            self._head_weight,
+            self._own_part(micro_batch.target_ids, cu_seqlens),
+            self._own_part(micro_batch.loss_weight != 0, cu_seqlens).bool(),
+            temperature=temperature,
+            num_real=self._num_real,
+            group=self._mesh.tp_group,
+        )
+        return (
+            self._of_all_ranks(logprobs_T, micro_batch),
+            self._of_all_ranks(entropies_T.detach(), micro_batch),
+        )
 
     def _of_all_ranks(self, own: Tensor, micro_batch: MicroBatch) -> Tensor:
         """[T / CP, ...] -> [T, ...]"""
@@ -156,12 +169,11 @@ class Forward:
     def target_logprobs(
         self, micro_batches: Sequence[MicroBatch], *, temperature: float
     ) -> list[Tensor]:
-        """[T] each, under the weights that are in the model now. Only the last stage knows them: on
-        the others it is room to receive them into."""
+        """[T] each, under the weights that are in the model now, 0 where the loss has no weight.
+        Only the last stage knows them: on the others it is room to receive them into."""
 
-        def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-            scaled_TV = self.scaled(logits_TV, temperature=temperature)
-            found_T = self.logprobs(scaled_TV, micro_batches[index])
+        def finish(index: int, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+            found_T, _ = self.logprobs(hidden_TH, micro_batches[index], temperature=temperature)
             return found_T.sum(), found_T  # the schedule wants a loss; nothing descends it
 
         found = self.run(micro_batches, finish, forward_only=True)
@@ -186,8 +198,8 @@ class Forward:
         At least one sequence."""
         mesh, micro_batches = self._mesh, self._alone(sequences)
 
-        def finish(index: int, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-            wide_TV = logits_TV.float().contiguous()
+        def finish(index: int, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+            wide_TV = F.linear(hidden_TH, self._head_weight).float()
             shards = [torch.empty_like(wide_TV) for _ in range(mesh.tp_size)]
             dist.all_gather(shards, wide_TV, group=mesh.tp_group)
             full_TV = torch.cat(shards, dim=-1)[:, : self._heads.vocab_size]
@@ -201,10 +213,11 @@ class Forward:
         ]
 
     def _alone(self, sequences: Sequence[Tokens]) -> list[MicroBatch]:
-        """A micro-batch for each sequence, and empty ones until their number is legal."""
+        """A micro-batch for each sequence, all whose targets have a weight, and empty ones until
+        their number is legal."""
         layout = PackLayout.on(self._mesh, max_tokens=1)
         samples = [
-            demonstration_sample("", tokens[:1], tokens[1:], weight=0.0, count=0.0)
+            demonstration_sample("", tokens[:1], tokens[1:], weight=1.0, count=0.0)
             for tokens in sequences
         ]
         padding = -len(samples) % layout.count_multiple

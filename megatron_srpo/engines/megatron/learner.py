@@ -34,7 +34,7 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from megatron_srpo.config import LossConfig, OptimizerConfig
+from megatron_srpo.config import KernelConfig, LossConfig, OptimizerConfig
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.forward import Forward, one_or_all
 from megatron_srpo.engines.megatron.mesh import Mesh
@@ -85,6 +85,7 @@ class MegatronLearner:
         optimizer: OptimizerConfig,
         loss: LossConfig,
         num_steps: int,
+        kernels: KernelConfig = KernelConfig(),
         points: StopPoints | None = None,
     ) -> None:
         """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over. An
@@ -111,7 +112,7 @@ class MegatronLearner:
         ]
         self.optimizer = MegatronAdam(self.models, optimizer, dtype=dtype, num_steps=num_steps)
         self._reference = ParkedWeights(self.modules) if loss.kl_coef else None
-        self._forward = Forward(self.models, mesh, self._heads, self._points)
+        self._forward = Forward(self.models, mesh, self._heads, kernels, self._points)
         self._tell_schedule(mesh.parallel.overlap)
 
     def _tell_schedule(self, overlap: bool) -> None:
@@ -192,7 +193,7 @@ class MegatronLearner:
         self.optimizer.zero_grad()
         per_micro_batch = self._forward.run(
             [item.micro_batch for item in items],
-            lambda index, logits_TV: self._loss(logits_TV, items[index], denominator),
+            lambda index, hidden_TH: self._loss(hidden_TH, items[index], denominator),
             forward_only=False,
         )
         if not self._mesh.speaks_for_slot:
@@ -211,11 +212,11 @@ class MegatronLearner:
         if everywhere:
             raise AlarmError(f"the loss is not finite in samples {', '.join(everywhere)}")
 
-    def _loss(self, logits_TV: Tensor, item: Pass, denominator: float) -> tuple[Tensor, Counters]:
+    def _loss(self, hidden_TH: Tensor, item: Pass, denominator: float) -> tuple[Tensor, Counters]:
         micro_batch = item.micro_batch
-        scaled_TV = self._forward.scaled(logits_TV, temperature=self._temperature)
-        entropies_T = self._forward.entropies(scaled_TV, micro_batch)
-        logprobs_T = self._forward.logprobs(scaled_TV, micro_batch)
+        logprobs_T, entropies_T = self._forward.logprobs(
+            hidden_TH, micro_batch, temperature=self._temperature
+        )
         tokens = TokenTensors(
             loss_weight_T=self._forward.tensor(micro_batch.loss_weight),
             advantage_T=self._forward.tensor(micro_batch.advantage),

@@ -1,14 +1,23 @@
-"""Token log-probs and entropies from vocabulary-parallel logits, in fp32.
+"""What does the policy's head say of its targets?   hidden states -> log-probs and entropies
 
-Legend: T packed tokens, V padded vocabulary / TP.
+    fused       the tokens that the loss wants, in chunks of the vocabulary: no [T, V] anywhere
+    reference   logits of all tokens, an fp32 copy of them, Megatron's cross entropy
+
+In fp32, over a vocabulary that tensor parallel ranks share. Legend: T packed tokens, H hidden size,
+V padded vocabulary / TP.
 """
 
 from __future__ import annotations
 
+from typing import Literal, Protocol
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
+
+from megatron_srpo.kernels.linear_logprob import linear_logprob
 
 NEVER = -1e30
 """The logit of a row that pads the vocabulary: finite, so that 0 x log 0 is 0."""
@@ -39,3 +48,72 @@ def token_entropies(scaled_TV: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(sums_2T, group=group)
     total_T, weighted_T = sums_2T
     return total_T.log() - weighted_T / total_T
+
+
+class Head(Protocol):
+    """Collective over the ranks of `group`."""
+
+    def __call__(
+        self,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        target_ids_T: Tensor,
+        is_wanted_T: Tensor,
+        *,
+        temperature: float,
+        num_real: int,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        """[T] log-prob of each target, differentiable, and [T] entropy, nats; 0 where not wanted.
+
+        `weight_VH` is this rank's shard, of equally many rows on each; its first `num_real` rows
+        are tokens that exist.
+        """
+        ...
+
+
+def fused(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_ids_T: Tensor,
+    is_wanted_T: Tensor,
+    *,
+    temperature: float,
+    num_real: int,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """A `Head`: tokens that are not wanted cost nothing."""
+    rows = is_wanted_T.nonzero()[:, 0]
+    logprobs, entropies = linear_logprob(
+        hidden_TH.index_select(0, rows),
+        weight_VH,
+        target_ids_T[rows],
+        temperature=temperature,
+        first_id=group.rank() * len(weight_VH),
+        num_real=num_real,
+        group=group,
+    )
+    nothing_T = logprobs.new_zeros(is_wanted_T.shape)
+    return nothing_T.index_copy(0, rows, logprobs), nothing_T.index_copy(0, rows, entropies)
+
+
+def reference(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_ids_T: Tensor,
+    is_wanted_T: Tensor,
+    *,
+    temperature: float,
+    num_real: int,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """A `Head`: what the fused one is compared with."""
+    scaled_TV = scaled_logits(
+        F.linear(hidden_TH, weight_VH), temperature=temperature, num_real=num_real
+    )
+    entropies_T = token_entropies(scaled_TV.detach(), group=group)
+    logprobs_T = token_logprobs(scaled_TV, target_ids_T)
+    return torch.where(is_wanted_T, logprobs_T, 0.0), torch.where(is_wanted_T, entropies_T, 0.0)
+
+
+HEADS: dict[Literal["fused", "reference"], Head] = {"fused": fused, "reference": reference}

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_srpo.engines.megatron.families import family_of
+from megatron_srpo.engines.megatron.head import Unprojected
 from megatron_srpo.engines.megatron.layers import block_spec
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import Family, padded_size
@@ -27,7 +28,7 @@ def is_tied(folder: Path) -> bool:
 
 def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]:
     """This stage's parts of the model, weights still to be loaded: one, or `parallel.vpp` of them
-    if the pipeline is interleaved."""
+    if the pipeline is interleaved. What comes out of the last are hidden states (`head.py`)."""
     hf, family, positions = completed_config(folder), family_of(folder), positions_of(folder)
     config = TransformerConfig(
         **_model(hf, family, dtype),
@@ -37,7 +38,7 @@ def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]
     )
     last = mesh.parallel.vpp - 1
     chunk_of: Any = GPTModel
-    return [
+    chunks = [
         chunk_of(
             config,
             block_spec(family, config, positions, chunk),
@@ -51,6 +52,9 @@ def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]
         )
         for chunk in (range(last + 1) if last else [None])
     ]
+    if mesh.is_last_stage:
+        chunks[-1].output_layer = Unprojected(chunks[-1].output_layer)
+    return chunks
 
 
 def _model(hf: dict[str, Any], family: Family, dtype: torch.dtype) -> dict[str, Any]:
