@@ -12,7 +12,7 @@ CONFIG := examples/chain_arithmetic_cpu.yaml
 ARGS ?=
 export OMP_NUM_THREADS := 1
 
-.PHONY: train test test-slow check mutate clean
+.PHONY: train test test-slow check lint mutate clean
 
 train: data/chain_arithmetic/DONE runs/chain_arithmetic_warm_start/hf/config.json
 	$(BIN)/megatron-srpo train $(CONFIG) $(ARGS)
@@ -30,11 +30,13 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest tests -m slow
 
-check: $(VENV)/installed
+check: lint
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest tests/unit
 
 mutate: $(VENV)/installed
 	$(BIN)/python tools/mutate.py
