@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from tests.slurm.jobs import PROGRAM, RANKS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_srpo"
+RESPONSE = re.compile(r'"text": "[^"]*"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +60,10 @@ class Run:
         logs = "".join(path.read_text() for path in Path("logs").glob(f"*-{self.number}/*/*.log"))
         assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0"), self.said + logs
 
-    def journal(self) -> dict[str, str]:
-        """File -> sha256."""
-        files = (self.folder / "rollouts").iterdir()
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    def journal(self) -> dict[str, list[str]]:
+        """File -> its responses."""
+        files = (self.folder / "rollouts").glob("*.jsonl")
+        return {path.name: RESPONSE.findall(path.read_text("utf-8")) for path in files}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +172,41 @@ def test_a_run_that_was_stopped_requeued_and_killed_is_the_undisturbed_one(
     run.finish()
     assert "attempt 3: done" in run.said
     assert run.journal() == calm.journal()
-    assert metrics(run.folder) == metrics(calm.folder)
+    for name in ("step", "loss", "grad_norm", "reward/mean", "tokens/trained"):
+        # Not what came from the prefix cache, which is cold where a stopped step goes on.
+        found, right = (metrics(each.folder) for each in (run, calm))
+        assert [line.get(name, 0.0) for line in found] == pytest.approx(
+            [line.get(name, 0.0) for line in right], rel=1e-4
+        ), name
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_past_its_time_limit_a_preemption_and_a_dead_node(submit: Submitter) -> None:
+    """One run of 400 steps; what ends its attempts is Slurm's own doing."""
+    with submit.site.open("a") as site:
+        site.write("export SBATCH_TIMELIMIT=3 SBATCH_SIGNAL=B:USR1@60\n")
+    run = submit("run", "--nodes=2", "num_steps=400", "eval.every=400", "checkpoint.every=5")
+    wait_for("the time limit", lambda: "is requeued" in run.said, seconds=400)
+    step = max(run.steps())
+    run.wait_for_step(step + 5)
+    nodes = run.cluster.job(run.number)["NodeList"]
+    folder = run.folder.parent
+    urgent = run.cluster.submit(
+        "-p", "urgent", "-w", nodes, "-N2", "--exclusive", "--wrap=sleep 1", folder=folder
+    )
+    run.cluster.finish(urgent, seconds=200)
+    step = max(run.steps())
+    run.wait_for_step(step + 5)
+    names = run.cluster.ask(
+        "scontrol", "show", "hostnames", run.cluster.job(run.number)["NodeList"]
+    )
+    run.cluster.kill_node(names.split()[-1])
+    run.finish()
+    assert run.steps() == list(range(401))
+    log = (run.folder / "log.txt").read_text()
+    assert log.count("stopped by SIGUSR1") >= 1 and log.count("stopped by SIGTERM") == 1, log
+    assert log.count("goes on after step") >= 3
+    assert (run.folder / "hf" / "config.json").exists()
 
 
 def kill_a_rank(run: Run) -> None:
