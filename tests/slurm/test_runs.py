@@ -182,10 +182,11 @@ def test_a_run_that_was_stopped_requeued_and_killed_is_the_undisturbed_one(
 
 @pytest.mark.slow
 def test_a_run_goes_on_past_its_time_limit_a_preemption_and_a_dead_node(submit: Submitter) -> None:
-    """One run of 400 steps; what ends its attempts is Slurm's own doing."""
+    """One run of 600 steps; what ends its attempts is Slurm's own doing."""
     with submit.site.open("a") as site:
-        site.write("export SBATCH_TIMELIMIT=3 SBATCH_SIGNAL=B:USR1@60\n")
-    run = submit("run", "--nodes=2", "num_steps=400", "eval.every=400", "checkpoint.every=5")
+        site.write("export SBATCH_TIMELIMIT=2 SBATCH_SIGNAL=B:USR1@60\n")
+    run = submit("run", "--nodes=2", "num_steps=600", "eval.every=600", "checkpoint.every=5")
+    run.wait_for_step(1)
     wait_for("the time limit", lambda: "is requeued" in run.said, seconds=400)
     step = max(run.steps())
     run.wait_for_step(step + 5)
@@ -202,7 +203,7 @@ def test_a_run_goes_on_past_its_time_limit_a_preemption_and_a_dead_node(submit: 
     )
     run.cluster.kill_node(names.split()[-1])
     run.finish()
-    assert run.steps() == list(range(401))
+    assert run.steps() == list(range(601))
     log = (run.folder / "log.txt").read_text()
     assert log.count("stopped by SIGUSR1") >= 1 and log.count("stopped by SIGTERM") == 1, log
     assert log.count("goes on after step") >= 3
