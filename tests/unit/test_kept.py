@@ -87,6 +87,15 @@ def test_new_weights_forget_what_old_ones_drew_and_wait_for_what_is_of_later_one
     assert keeping.to_keep(replica=0, num_replicas=1) == later
 
 
+def test_what_later_weights_drew_is_no_answer_of_the_present_ones():
+    inner = engine()
+    inner.load_weights(iter(()), version=2)
+    later = drawn_by(inner, request("a"))
+    inner.load_weights(iter(()), version=1)
+    keeping = KeepingGenerator(engine=inner, known=later)
+    assert [c.weight_version for c in keeping.generate([request("a")])] == [1]
+
+
 def test_of_what_nobody_has_asked_for_yet_each_replica_keeps_a_share():
     inner = engine()
     known = drawn_by(inner, *(request(f"{i}") for i in range(40)))
