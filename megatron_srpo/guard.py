@@ -27,6 +27,7 @@ from torch.distributed import DistError
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.preflight import node_name
+from megatron_srpo.rewards.verdict import described
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.signals import heard, listening
 from megatron_srpo.stopping import Point, Position, first_unpassed
@@ -114,7 +115,7 @@ class Guard:
         """Says it, unless it is only that another rank is gone."""
         with contextlib.suppress(DistError):
             code = ALARM if isinstance(error, AlarmError) else BROKEN
-            self._heard = self._report(_line(error), code)
+            self._heard = self._report(described(error), code)
             self._share(self._heard)
             if self._rank == 0:
                 self._wait_until_all_know()
@@ -130,7 +131,7 @@ class Guard:
                 self._look()
         except DistError as error:
             if not self._left.wait(FAREWELL_S):
-                self._end(f"the first rank, which serves the others, is gone: {_line(error)}")
+                self._end(f"the first rank, which serves the others, is gone: {described(error)}")
         finally:
             if not self._left.is_set():  # who works without a guard cannot be stopped
                 traceback.print_exc()
@@ -234,7 +235,3 @@ class Guard:
         """At once: no work can keep a process from it."""
         print(f"megatron-srpo: rank {self._rank}: {why}", file=sys.__stderr__, flush=True)
         os._exit(code)
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
