@@ -1,8 +1,7 @@
 """`megatron-srpo train | sft | eval | submit | convert`: the command line.
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
-Exit codes: 0 done; 1 it broke (a traceback says how); 2 what the user gave is wrong; 3 the run
-stopped itself (an alarm): started again it would do the same; 75 it was asked to stop, and saved.
+Its exit code is 0 or one of `exit_codes.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from pathlib import Path
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
+from megatron_srpo.exit_codes import ALARM, REFUSED, STOPPED
 from megatron_srpo.types import AlarmError, InputError
-
-STOPPED = 75
-"""sysexits.h's word for "try again later"."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return _run(arguments, cfg)
     except InputError as error:
-        return _stop(error, code=2)
+        return _stop(error, code=REFUSED)
     except AlarmError as error:
-        return _stop(error, code=3)
+        return _stop(error, code=ALARM)
 
 
 def _run(arguments: argparse.Namespace, cfg: Config) -> int:
@@ -176,7 +173,7 @@ def _size(word: str) -> int:
 
 
 def _stop(error: Exception, *, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0" or code == 3:
+    if os.environ.get("RANK", "0") == "0" or code == ALARM:
         print(f"megatron-srpo: error: {error}", file=sys.stderr)
     return code
 

@@ -26,6 +26,7 @@ from torch.distributed import DistError
 
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
+from megatron_srpo.exit_codes import ALARM, BROKEN
 from megatron_srpo.preflight import node_name
 from megatron_srpo.rewards.verdict import described
 from megatron_srpo.run_folder import RunFolder
@@ -34,8 +35,6 @@ from megatron_srpo.stopping import Point, Position, first_unpassed
 from megatron_srpo.types import AlarmError, InputError
 from megatron_srpo.watchdog import Watchdog, stacks
 
-BROKEN, ALARM = 1, 3
-"""Exit codes, as of the command line."""
 TICK_S, LOOK_S = 0.25, 0.01
 ONE_EVENT_S = 1.0
 """Signals closer together are one: launchers send several kinds at once."""
