@@ -1,4 +1,4 @@
-"""`megatron-srpo train | sft | eval | submit | convert`: the command line.
+"""`megatron-srpo train | sft | eval | compare | submit | convert`: the command line.
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Its exit code is 0 or one of `exit_codes.py`.
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # Overrides may stand before or behind an option, which argparse alone does not allow.
     arguments, rest = parser.parse_known_args(argv)
-    is_conversion = arguments.command == "convert"
-    if unknown := [word for word in rest if is_conversion or word.startswith("-")]:
+    has_config = "config" in arguments
+    if unknown := [word for word in rest if not has_config or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     started_with = dict(os.environ)
     set_environment()
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger().addHandler(logging.NullHandler())
     be_one_process_unless_launched()
     try:
-        if is_conversion:
-            _convert(arguments)
+        if not has_config:
+            {"convert": _convert, "compare": _compare}[arguments.command](arguments)
             return 0
         overrides = [*arguments.overrides, *rest]
         cfg = load_config(arguments.config, overrides)
@@ -60,12 +60,7 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> int:
 
         sft(cfg, demonstrations)
     elif arguments.command == "eval":
-        from megatron_srpo.inputs import read_eval_inputs
-
-        held_out = read_eval_inputs(cfg, num_processes=num_processes, out=arguments.out)
-        from megatron_srpo.evaluate_model import evaluate_model
-
-        evaluate_model(cfg, held_out, out=arguments.out)
+        _evaluate(arguments, cfg, num_processes)
     else:
         from megatron_srpo.inputs import read_inputs
 
@@ -83,6 +78,34 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> int:
         if not train(cfg, inputs, replay=arguments.replay):
             return STOPPED
     return 0
+
+
+def _evaluate(arguments: argparse.Namespace, cfg: Config, num_processes: int) -> None:
+    from megatron_srpo.checkpoint_folder import hf_part, read_manifest
+    from megatron_srpo.inputs import read_eval_inputs
+
+    if arguments.ckpt is not None:
+        read_manifest(arguments.ckpt)  # only for what it refuses
+        cfg = cfg.model_copy(update={"model": hf_part(arguments.ckpt)})
+    inputs = read_eval_inputs(
+        cfg, num_processes=num_processes, out=arguments.out, is_stored=arguments.ckpt is None
+    )
+    if arguments.show is not None:
+        for held_out in inputs.sets:
+            for prompt in held_out.prompts[arguments.show - 1 : arguments.show]:
+                print(f"--- {held_out.name}: {prompt.id}, {len(prompt.token_ids)} tokens")
+                print(inputs.tokenizer.shown(prompt.token_ids))
+        return
+    from megatron_srpo.evaluate_model import evaluate_model
+
+    evaluate_model(cfg, inputs, out=arguments.out, checkpoint=arguments.ckpt)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from megatron_srpo.compare import compare
+
+    found = compare(arguments.first, arguments.second)
+    print(found.to_string(float_format=lambda value: f"{value:.4f}"))
 
 
 def _submit(
@@ -135,13 +158,26 @@ def _parser() -> argparse.ArgumentParser:
                 "--replay", type=Path, metavar="RUN", help="train on this run's rollouts"
             )
         if name == "eval":
-            command.add_argument(
-                "--out", type=Path, metavar="FILE.jsonl", help="write every response to a new file"
-            )
+            _add_evaluation(command)
         if name == "submit":
             _add_submission(command)
+    comparison = commands.add_parser("compare", help="two evaluations, problem by problem")
+    for name in ("first", "second"):
+        comparison.add_argument(name, type=Path, help="folder that eval --out made")
     _add_conversion(commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoint"))
     return parser
+
+
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="write tables and every response to a new folder"
+    )
+    command.add_argument(
+        "--ckpt", type=Path, metavar="DIR", help="a run's or a converted checkpoint, not `model`"
+    )
+    command.add_argument(
+        "--show", type=_size, metavar="N", help="print each set's N-th prompt as the policy sees it"
+    )
 
 
 def _add_submission(command: argparse.ArgumentParser) -> None:

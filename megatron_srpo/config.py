@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,14 +21,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def check_template(name: str, template: str, fields: Sequence[str]) -> None:
+    """Raises `ValueError` if it asks for anything but these fields."""
+    try:
+        template.format(**dict.fromkeys(fields, ""))
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        known = " ".join(f"{{{field}}}" for field in fields)
+        raise ValueError(
+            f"{name}: {error!r} is none of {known} (a literal brace is written twice)"
+        ) from error
+
+
 class DataConfig(Section):
     train: Path
     """JSONL or parquet: `prompt` (text or chat messages), `answer`, optional `id`, `solution`."""
-    eval: Path
-    """Held-out problems, same columns."""
+    template: str = "{prompt}"
+    """What the policy is given. Fields: {prompt} {answer_format} {delimiter} (`thoughts.delimiter`).
+    Prompts that are chat messages need none."""
+    chat: bool = False
+    """Send it as a user message through the chat template."""
+    answer_format: str = ""
+    """What is asked of the answer's form; an evaluation set may have its own."""
     max_prompt_tokens: Count = 1024
     long_prompts: Literal["error", "drop"] = "error"
     """What to do with longer prompts; dropped ones are counted and named."""
+
+    @model_validator(mode="after")
+    def _template_formats(self) -> DataConfig:
+        check_template("template", self.template, ("prompt", "answer_format", "delimiter"))
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -150,6 +172,11 @@ class LocalizeConfig(Section):
     """If the answer names no thought: go back to the prompt, to a random thought, or nowhere (the
     reset's rollouts are then fresh ones)."""
 
+    @model_validator(mode="after")
+    def _template_formats(self) -> LocalizeConfig:
+        check_template("template", self.template, ("prompt", "response", "steps"))
+        return self
+
 
 class RolloutConfig(Section):
     tp: Count = 1
@@ -219,27 +246,51 @@ class RetentionConfig(Section):
     """Of their mean cross entropy, beside the policy loss."""
 
 
+class EvalSet(Section):
+    """Held-out problems of one kind."""
+
+    data: Path
+    """Same columns as `data.train`."""
+    reward: str | None = None
+    """null: the run's `reward` and `second_reward`."""
+    second_reward: str | None = None
+    answer_format: str | None = None
+    """null: `data.answer_format`."""
+
+    @model_validator(mode="after")
+    def _a_second_has_a_first(self) -> EvalSet:
+        if self.second_reward is not None and self.reward is None:
+            raise ValueError(f"second_reward={self.second_reward} needs a `reward` beside it")
+        return self
+
+
 class EvalConfig(Section):
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_+-]+$")], EvalSet] = Field(min_length=1)
+    """By name: metrics are `eval/<name>/...`."""
     every: Count = 10
     """Steps between evaluations; also before the first step and after the last."""
     num_prompts: Count = 256
-    """The first so many of the held-out set."""
-    temperature: NonNegative = 1.0
-    """0: greedy."""
-    num_samples: Count = 1
-    """Responses per problem."""
+    """The first so many of each set."""
+    greedy: bool = False
+    """One more response per problem, at temperature 0."""
+    temperature: Positive = 1.0
+    """Of the other responses."""
+    num_samples: CountOrZero = 1
+    """Responses per problem and seed."""
+    num_seeds: Count = 1
+    """Evaluations that are independent of each other: from two on, there are intervals."""
     pass_at: tuple[Count, ...] = (1,)
     """The ks of pass@k, each at most `num_samples`."""
 
     @model_validator(mode="after")
-    def _enough_samples(self) -> EvalConfig:
-        if not self.pass_at or max(self.pass_at) > self.num_samples:
+    def _something_is_measured(self) -> EvalConfig:
+        if not self.num_samples and not self.greedy:
+            raise ValueError("num_samples=0 and greedy=false: nothing is generated")
+        if self.num_samples and (not self.pass_at or max(self.pass_at) > self.num_samples):
             raise ValueError(
                 f"pass_at={list(self.pass_at)} needs one k at least, none above "
                 f"num_samples={self.num_samples}"
             )
-        if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(f"num_samples={self.num_samples} greedy responses would be the same")
         return self
 
 
@@ -330,12 +381,21 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     retention: RetentionConfig = RetentionConfig()
-    eval: EvalConfig = EvalConfig()
+    eval: EvalConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     log: LogConfig = LogConfig()
     sft: SftConfig | None = None
     """For `megatron-srpo sft`."""
+
+    @model_validator(mode="after")
+    def _answer_formats_are_asked_for(self) -> Config:
+        formats = {"data": self.data.answer_format}
+        formats |= {f"eval.sets.{name}": each.answer_format for name, each in self.eval.sets.items()}
+        for name, answer_format in formats.items():
+            if answer_format and "{answer_format}" not in self.data.template:
+                raise ValueError(f"{name}.answer_format has no place: data.template does not name it")
+        return self
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Config:
@@ -375,15 +435,4 @@ class Config(Section):
                 f"loss.importance={self.loss.importance} needs log-probs over the whole "
                 f"vocabulary: rollout.top_p must be 1, not {self.rollout.top_p:g}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _template_formats(self) -> Config:
-        try:
-            self.localize.template.format(prompt="", response="", steps="")
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"localize.template: {error!r} is none of {{prompt}} {{response}} {{steps}} "
-                "(a literal brace is written twice)"
-            ) from error
         return self

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -61,11 +61,12 @@ def dump_config(cfg: Config) -> str:
 
 
 def field_names(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields."""
+    """Dotted names of all fields; * stands for a name that the user gives a section."""
     for name, field in section.model_fields.items():
         yield prefix + name
         if inner := _section_of(field.annotation):
-            yield from field_names(inner, f"{prefix}{name}.")
+            is_named = get_origin(field.annotation) is dict
+            yield from field_names(inner, f"{prefix}{name}.*." if is_named else f"{prefix}{name}.")
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
@@ -73,15 +74,20 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def _refuse_unknown_keys(values: dict[Any, Any], path: Path, prefix: str = "") -> None:
+def _refuse_unknown_keys(
+    values: dict[Any, Any], path: Path, prefix: str = "", pattern: str = ""
+) -> None:
+    """`prefix` is what the user wrote, `pattern` the same in terms of `field_names`."""
     known = list(field_names())
+    is_named = any(field.startswith(f"{pattern}*.") for field in known)
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name not in known:
+        field = f"{pattern}*" if is_named else f"{pattern}{key}"
+        if not is_named and field not in known:
             # A right last part in the wrong section is the commonest slip.
             near = [k for k in known if k.split(".")[-1] == str(key)]
-            near += difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            near += difflib.get_close_matches(field, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{path}: unknown key {name!r}{hint}")
         if isinstance(value, dict):
-            _refuse_unknown_keys(cast(dict[Any, Any], value), path, f"{name}.")
+            _refuse_unknown_keys(cast(dict[Any, Any], value), path, f"{name}.", f"{field}.")

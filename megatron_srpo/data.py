@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
+from megatron_srpo.config import Config
 from megatron_srpo.protocols import Tokenizer
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import InputError, Prompt, Sample, Tokens
@@ -59,8 +61,42 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     return [dict(row) for row in table]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFormat:
+    """How a question is put to the policy. The default: as it stands."""
+
+    template: str = "{prompt}"
+    chat: bool = False
+    answer_format: str = ""
+    delimiter: str = ""
+
+    @classmethod
+    def of(cls, cfg: Config, *, answer_format: str | None = None) -> PromptFormat:
+        """That of the run's prompts, but for an answer format of its own."""
+        return cls(
+            template=cfg.data.template,
+            chat=cfg.data.chat,
+            answer_format=cfg.data.answer_format if answer_format is None else answer_format,
+            delimiter=cfg.thoughts.delimiter,
+        )
+
+    def encode(self, question: str, tokenizer: Tokenizer) -> Tokens:
+        """Raises `InputError` where a chat template is wanted and the tokenizer has none."""
+        text = self.template.format(
+            prompt=question, answer_format=self.answer_format, delimiter=self.delimiter
+        )
+        if self.chat:
+            return tokenizer.encode_chat([{"role": "user", "content": text}])
+        return tokenizer.encode(text)
+
+
 def read_prompts(
-    path: Path, tokenizer: Tokenizer, *, max_prompt_tokens: int, long_prompts: str
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    format: PromptFormat = PromptFormat(),
+    max_prompt_tokens: int,
+    long_prompts: str,
 ) -> tuple[list[Prompt], list[str]]:
     """(prompts, ids of those dropped because they are longer than `max_prompt_tokens`)."""
     prompts: dict[str, Prompt] = {}
@@ -70,7 +106,7 @@ def read_prompts(
         id = str(row["id"]) if row.get("id") is not None else f"row{number}"
         if id in prompts or id in dropped:
             raise InputError(f"{where} has the id {id!r} of an earlier row")
-        text, token_ids = _encode(row["prompt"], tokenizer, where)
+        text, token_ids = _encode(row["prompt"], tokenizer, where, format)
         if len(token_ids) > max_prompt_tokens:
             if long_prompts == "error":
                 raise InputError(
@@ -100,19 +136,26 @@ def _solution(given: Any, where: str) -> tuple[str, ...]:
     return tuple(thoughts)
 
 
-def _encode(prompt: Any, tokenizer: Tokenizer, where: str) -> tuple[str, Tokens]:
-    """(text without a chat template, tokens)"""
-    if isinstance(prompt, str):
-        return prompt, tokenizer.encode(prompt)
-    if not isinstance(prompt, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) for message in prompt
-    ):
+def _encode(
+    prompt: Any, tokenizer: Tokenizer, where: str, format: PromptFormat = PromptFormat()
+) -> tuple[str, Tokens]:
+    """(the question without any template, tokens)"""
+    is_chat = isinstance(prompt, list)
+    if not isinstance(prompt, str) and not (is_chat and all(map(_is_message, prompt))):
         raise InputError(f"{where}: prompt must be a text or chat messages (role, content)")
+    if is_chat and format.template != PromptFormat().template:
+        raise InputError(f"{where}: chat messages have no place in a data.template")
     try:
+        if not is_chat:
+            return prompt, format.encode(prompt, tokenizer)
         token_ids = tokenizer.encode_chat(prompt)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return "\n\n".join(message["content"] for message in prompt), token_ids
+
+
+def _is_message(given: Any) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("content"), str)
 
 
 def read_demonstrations(path: Path, tokenizer: Tokenizer) -> list[tuple[Tokens, Tokens]]:

@@ -11,23 +11,43 @@ such metric.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import comb
 from typing import Literal
 
 from megatron_srpo.config import Config
 from megatron_srpo.metrics import Sums
-from megatron_srpo.protocols import Generator, Reward, Tokenizer
+from megatron_srpo.protocols import Generator, Judge, Tokenizer
 from megatron_srpo.seeding import counter_seed
-from megatron_srpo.types import Prompt, Request, Score
+from megatron_srpo.types import Completion, Prompt, Request, Score
+
+RESPONSES = "responses.jsonl"
+"""In the folder that `megatron-srpo eval --out` makes: an `Attempt` a line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Problems to be measured on, and who judges the responses."""
+
+    name: str
+    """In `eval.sets`."""
+    prompts: Sequence[Prompt]
+    judge: Judge
+
+    def share(self, replica: int, num_replicas: int, judge: Judge) -> HeldOut:
+        """Every so-many-th problem, under the replica's judge."""
+        return replace(self, prompts=self.prompts[replica::num_replicas], judge=judge)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """A scored response to a held-out problem."""
 
+    set: str
     prompt_id: str
+    seed: int | None
+    """Which of the `eval.num_seeds` evaluations it belongs to; None: the greedy response."""
     index: int
     """Tells apart the `eval.num_samples` responses to a problem."""
     text: str
@@ -37,49 +57,81 @@ class Attempt:
     finish_reason: Literal["stop", "length"]
 
 
-def evaluate(
-    prompts: Sequence[Prompt],
-    *,
-    generator: Generator,
-    tokenizer: Tokenizer,
-    reward: Reward,
-    cfg: Config,
-) -> list[Attempt]:
-    """`eval.num_samples` responses per prompt, in the prompts' order.
+Draw = tuple[Prompt, int | None, int]
+"""Problem, seed, index."""
 
-    Seeds depend on neither step nor neighbours, so evaluations of two policies are paired. The
-    nucleus, if any, is the rollouts' (`rollout.top_p`).
+
+def evaluate(
+    held_out: HeldOut, *, generator: Generator, tokenizer: Tokenizer, cfg: Config
+) -> list[Attempt]:
+    """All responses to each problem, in the problems' order.
+
+    What is drawn depends on neither step nor neighbours, so evaluations of two policies are
+    paired. The nucleus, if any, is the rollouts' (`rollout.top_p`).
     """
-    draws = {f"eval/{p.id}/{i}": (p, i) for p in prompts for i in range(cfg.eval.num_samples)}
-    requests = [
-        Request(
-            id=id,
-            purpose="eval",
-            context=prompt.token_ids,
-            max_tokens=cfg.rollout.max_response_tokens,
-            temperature=cfg.eval.temperature,
-            top_p=cfg.rollout.top_p,
-            seed=counter_seed(cfg.seed, "eval", prompt.id, index),
-        )
-        for id, (prompt, index) in draws.items()
-    ]
+    draws = {_id(held_out.name, draw): draw for draw in _draws(held_out.prompts, cfg)}
+    finished: list[tuple[Completion, str]] = []
+
+    def responses() -> Iterator[tuple[Prompt, str]]:
+        for new in generator.generate([_request(id, draw, cfg) for id, draw in draws.items()]):
+            text = "".join(tokenizer.pieces(new.token_ids))
+            finished.append((new, text))
+            yield draws[new.request_id][0], text
+
+    scores = held_out.judge.judge(responses())
     attempts: dict[str, Attempt] = {}
-    for completion in generator.generate(requests):
-        prompt, index = draws[completion.request_id]
-        text = "".join(tokenizer.pieces(completion.token_ids))
-        attempts[completion.request_id] = Attempt(
+    for (new, text), score in zip(finished, scores, strict=True):
+        prompt, seed, index = draws[new.request_id]
+        attempts[new.request_id] = Attempt(
+            set=held_out.name,
             prompt_id=prompt.id,
+            seed=seed,
             index=index,
             text=text,
-            score=reward(prompt, text),
-            num_tokens=len(completion.token_ids),
-            finish_reason=completion.finish_reason,
+            score=score,
+            num_tokens=len(new.token_ids),
+            finish_reason=new.finish_reason,
         )
     return [attempts[id] for id in draws]
 
 
+def _draws(prompts: Sequence[Prompt], cfg: Config) -> Iterator[Draw]:
+    for prompt in prompts:
+        if cfg.eval.greedy:
+            yield prompt, None, 0
+        for seed in range(cfg.eval.num_seeds):
+            for index in range(cfg.eval.num_samples):
+                yield prompt, seed, index
+
+
+def _id(name: str, draw: Draw) -> str:
+    prompt, seed, index = draw
+    return f"eval/{name}/{prompt.id}/{'greedy' if seed is None else f'{seed}/{index}'}"
+
+
+def _request(id: str, draw: Draw, cfg: Config) -> Request:
+    prompt, seed, index = draw
+    return Request(
+        id=id,
+        purpose="eval",
+        context=prompt.token_ids,
+        max_tokens=cfg.rollout.max_response_tokens,
+        temperature=0.0 if seed is None else cfg.eval.temperature,
+        top_p=1.0 if seed is None else cfg.rollout.top_p,
+        seed=counter_seed(cfg.seed, "eval", prompt.id, seed or 0, index),
+    )
+
+
 def attempt_sums(attempts: Sequence[Attempt], cfg: Config) -> Sums:
     """One replica's share of the metrics `eval/<set>/...`; no replica holds a part of a problem."""
+    sums: Sums = {}
+    for name in cfg.eval.sets:
+        of_set = [attempt for attempt in attempts if attempt.set == name]
+        sums |= {f"eval/{name}/{key}": pair for key, pair in _set_sums(of_set, cfg).items()}
+    return sums
+
+
+def _set_sums(attempts: Sequence[Attempt], cfg: Config) -> Sums:
     if not attempts:
         return {}
     num_failed = sum(attempt.score.failure is not None for attempt in attempts)
@@ -89,19 +141,33 @@ def attempt_sums(attempts: Sequence[Attempt], cfg: Config) -> Sums:
         "truncated_rate": (num_cut, len(attempts)),
         "failure_rate": (num_failed, len(attempts)),
     }
-    for k in cfg.eval.pass_at:
-        if chances := pass_at(k, attempts):
-            sums[f"pass_at_{k}"] = (sum(chances), len(chances))
-    return {f"eval/{cfg.data.eval.stem}/{name}": pair for name, pair in sums.items()}
+    for name, chances in all_chances(attempts, cfg).items():
+        if chances:
+            sums[name] = (sum(chances.values()), len(chances))
+    return sums
 
 
-def pass_at(k: int, attempts: Sequence[Attempt]) -> list[float]:
-    """pass@k of each problem that has at least k verdicts."""
-    verdicts: dict[str, list[bool]] = defaultdict(list)
+Chances = dict[tuple[str, int], float]
+"""(problem, seed) -> estimated chance of a right response"""
+
+
+def all_chances(attempts: Sequence[Attempt], cfg: Config) -> dict[str, Chances]:
+    """`greedy`, where there are such responses, and `pass_at_<k>` of the others."""
+    greedy = [attempt for attempt in attempts if attempt.seed is None]
+    sampled = [attempt for attempt in attempts if attempt.seed is not None]
+    found = {"greedy": pass_at(1, greedy)} if cfg.eval.greedy else {}
+    if cfg.eval.num_samples:
+        found |= {f"pass_at_{k}": pass_at(k, sampled) for k in cfg.eval.pass_at}
+    return found
+
+
+def pass_at(k: int, attempts: Iterable[Attempt]) -> Chances:
+    """Of each problem and seed that has at least k verdicts."""
+    verdicts: dict[tuple[str, int], list[bool]] = defaultdict(list)
     for attempt in attempts:
         if attempt.score.failure is None:
-            verdicts[attempt.prompt_id].append(attempt.score.correct)
-    return [chance_at(k, len(v), sum(v)) for v in verdicts.values() if len(v) >= k]
+            verdicts[attempt.prompt_id, attempt.seed or 0].append(attempt.score.correct)
+    return {key: chance_at(k, len(v), sum(v)) for key, v in verdicts.items() if len(v) >= k}
 
 
 def chance_at(k: int, num_responses: int, num_correct: int) -> float:

@@ -1,4 +1,4 @@
-"""How good is the policy in a Hugging Face folder?   config -> metrics, and every response
+"""How good is the policy in a folder or checkpoint?   config -> table, and every response
 
 The rollout engine alone: no trainer is built, no run folder is looked at. Every replica evaluates
 its share of the problems.
@@ -6,89 +6,144 @@ its share of the problems.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
+import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 from megatron_srpo.config import Config
-from megatron_srpo.engines.megatron.mesh import destroy_mesh
+from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
-from megatron_srpo.evaluate import Attempt, attempt_sums, evaluate, pass_at
+from megatron_srpo.eval_table import MEAN, shown, table, write_tables
+from megatron_srpo.evaluate import RESPONSES, Attempt, evaluate
 from megatron_srpo.inputs import EvalInputs
-from megatron_srpo.metrics import combine
 from megatron_srpo.preflight import checked_mesh
 from megatron_srpo.replica import MOST_LINES, LeaderReward
+from megatron_srpo.staging import staged_folder
+from megatron_srpo.types import InputError
 
 
-def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> None:
-    """Prints one line of JSON, and one for people on stderr; writes every response to `out`."""
+def evaluate_model(
+    cfg: Config, inputs: EvalInputs, *, out: Path | None = None, checkpoint: Path | None = None
+) -> None:
+    """Prints one line of JSON, and a table for people on stderr; writes both and every response to
+    the folder `out`. With a `checkpoint`, its weights; `cfg.model` is then its Hugging Face part.
+    """
     mesh = checked_mesh(rollout_tp=cfg.rollout.tp)
-    engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
-    share = evaluate(
-        inputs.held_out[mesh.replica :: mesh.num_replicas],
-        generator=engine,
-        tokenizer=inputs.tokenizer,
-        reward=LeaderReward(reward=inputs.reward, mesh=mesh),
-        cfg=cfg,
-    )
-    # Nobody leaves while another still works; the ranks of a replica hold the same attempts.
-    shares = mesh.gather(share if mesh.is_leader else [])
-    engine.close()
+    with _folder_of(checkpoint, mesh) as converted:
+        engine = VllmGenerator(converted or cfg.model, cfg.rollout, dtype=cfg.dtype)
+        share: list[Attempt] = []
+        for held_out in inputs.sets:
+            share += evaluate(
+                held_out.share(
+                    mesh.replica,
+                    mesh.num_replicas,
+                    LeaderReward(judge=held_out.judge, mesh=mesh),
+                ),
+                generator=engine,
+                tokenizer=inputs.tokenizer,
+                cfg=cfg,
+            )
+        # Nobody leaves while another still works; the ranks of a replica hold the same attempts.
+        shares = mesh.gather(share if mesh.is_leader else [])
+        engine.close()
     destroy_mesh()
     if mesh.rank == 0:
-        # In the order of the problems, whatever the number of replicas: same sums, same bytes.
-        order = {prompt.id: position for position, prompt in enumerate(inputs.held_out)}
-        attempts = [attempt for share in shares for attempt in share]
-        attempts.sort(key=lambda attempt: (order[attempt.prompt_id], attempt.index))
+        attempts = _in_order([attempt for share in shares for attempt in share], inputs)
+        found = table(attempts, cfg)
         if out is not None:
-            _write(attempts, out)
-        metrics = _metrics(attempts, cfg)
-        failed = {a.prompt_id: a.score.failure for a in attempts if a.score.failure is not None}
-        for prompt_id, failure in [*failed.items()][:MOST_LINES]:
-            print(f"the reward of prompt {prompt_id!r} failed: {failure}", file=sys.stderr)
-        print(summary(metrics, cfg, num_dropped=len(inputs.dropped)), file=sys.stderr)
-        print(json.dumps({"model": str(cfg.model), **metrics}))
+            _write(attempts, found, inputs, out)
+        _tell(attempts, found, num_dropped=len(inputs.dropped), cfg=cfg)
+        print(json.dumps({"model": str(checkpoint or cfg.model), **metrics(found)}))
 
 
-def _metrics(attempts: Sequence[Attempt], cfg: Config) -> dict[str, float]:
-    """As in training, the standard error of each pass@k over problems, and how many there were."""
-    name = f"eval/{cfg.data.eval.stem}"
-    metrics = combine([attempt_sums(attempts, cfg)])
-    for k in cfg.eval.pass_at:
-        chances = pass_at(k, attempts)
-        if len(chances) > 1:  # the spread of one problem is not known
-            error = np.std(chances, ddof=1) / np.sqrt(len(chances))
-            metrics[f"{name}/pass_at_{k}_stderr"] = float(error)
-    num_problems = len({attempt.prompt_id for attempt in attempts})
-    return {f"{name}/num_problems": num_problems, f"{name}/num_responses": len(attempts), **metrics}
+def _in_order(attempts: list[Attempt], inputs: EvalInputs) -> list[Attempt]:
+    """Of sets and problems, whatever the number of replicas: same sums, same bytes."""
+    places = [(each.name, prompt.id) for each in inputs.sets for prompt in each.prompts]
+    order = {place: position for position, place in enumerate(places)}
+    return sorted(attempts, key=lambda attempt: order[attempt.set, attempt.prompt_id])
 
 
-def summary(metrics: dict[str, float], cfg: Config, *, num_dropped: int) -> str:
-    """The metrics in one line for people."""
-    of = {name.rpartition("/")[2]: value for name, value in metrics.items()}
-    words = [
-        f"{cfg.data.eval.stem}: {of['num_problems']} problems x {cfg.eval.num_samples}",
-        *(
-            f"pass@{k} {of[f'pass_at_{k}']:.3f} +- {of.get(f'pass_at_{k}_stderr', np.nan):.3f}"
-            for k in cfg.eval.pass_at
-            if f"pass_at_{k}" in of
-        ),
-        f"{of['response_tokens_mean']:.0f} tokens",
-        f"truncated {of['truncated_rate']:.1%}",
-    ]
-    if of["failure_rate"]:
-        words.append(f"reward failed {of['failure_rate']:.1%}")
+def metrics(found: pd.DataFrame) -> dict[str, float]:
+    """`eval/<set>/<metric>`, as in training, for every number that there is."""
+    return {
+        f"eval/{name}/{metric}": int(value) if metric.startswith("num_") else value
+        for name, row in found.to_dict(orient="index").items()
+        for metric, value in row.items()
+        if name != MEAN and not pd.isna(value)
+    }
+
+
+def _tell(
+    attempts: Sequence[Attempt], found: pd.DataFrame, *, num_dropped: int, cfg: Config
+) -> None:
+    failed = {
+        f"{a.set}/{a.prompt_id}": a.score.failure
+        for a in attempts
+        if a.score.failure is not None
+    }
+    for problem, failure in [*failed.items()][:MOST_LINES]:
+        print(f"the reward of {problem!r} failed: {failure}", file=sys.stderr)
+    print(shown(found).to_string(), file=sys.stderr)
     if num_dropped:
-        words.append(f"left out {num_dropped} prompts of more than {cfg.data.max_prompt_tokens}")
-    return "   ".join(words)
+        print(
+            f"left out {num_dropped} prompts of more than {cfg.data.max_prompt_tokens} tokens",
+            file=sys.stderr,
+        )
 
 
-def _write(attempts: Sequence[Attempt], out: Path) -> None:
-    partial = out.with_name(out.name + ".partial")
-    lines = (json.dumps(asdict(attempt), ensure_ascii=False) + "\n" for attempt in attempts)
-    partial.write_text("".join(lines), "utf-8")
-    partial.rename(out)
+@contextlib.contextmanager
+def _folder_of(checkpoint: Path | None, mesh: Mesh) -> Iterator[Path | None]:
+    """The checkpoint as a Hugging Face folder beside it, where all nodes see it, until the end.
+    None without one. Raises `InputError` on every rank if it cannot be converted."""
+    if checkpoint is None:
+        yield None
+        return
+    name = mesh.gather(f"{checkpoint.name}.{secrets.token_hex(4)}.hf")[0]
+    folder = checkpoint.absolute().with_name(name)
+    try:
+        refusal = _converted(checkpoint, folder) if mesh.rank == 0 else ""
+        if refusal := mesh.gather(refusal)[0]:
+            raise InputError(refusal)
+        yield folder
+    finally:
+        if mesh.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _converted(checkpoint: Path, folder: Path) -> str:
+    """What the command says that cannot convert it. A process of its own: it is one alone, and its
+    memory is free again."""
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_srpo", "convert", "--ckpt", checkpoint, "--out", folder],
+        env={name: value for name, value in os.environ.items() if name not in launched},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not done.returncode:
+        return ""
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return last.removeprefix("megatron-srpo: error: ")
+
+
+def _write(
+    attempts: Sequence[Attempt], found: pd.DataFrame, inputs: EvalInputs, out: Path
+) -> None:
+    digests = {(each.name, p.id): p.digest for each in inputs.sets for p in each.prompts}
+    with staged_folder(out) as partial:
+        with (partial / RESPONSES).open("w", encoding="utf-8") as file:
+            for attempt in attempts:
+                problem = digests[attempt.set, attempt.prompt_id]
+                row = asdict(attempt) | {"problem": problem}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_tables(found, partial)

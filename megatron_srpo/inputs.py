@@ -5,7 +5,6 @@ Every function raises `InputError` for the first thing that is wrong.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +13,22 @@ from typing import Any
 from megatron_srpo.advantages import CREDITS
 from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.config_file import load_config
-from megatron_srpo.data import PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.data import PromptFormat, PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.engines.megatron.names import padded_size
+from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.extensions import build
+from megatron_srpo.held_out import check_disjoint, read_held_out
 from megatron_srpo.hf_config import completed_config, head_size, num_experts, num_kv_heads
 from megatron_srpo.hf_folder import tensor_shapes, weight_files
 from megatron_srpo.journal import check_replay
-from megatron_srpo.protocols import CreditRule, ResetRule, Reward
+from megatron_srpo.protocols import CreditRule, Judge, ResetRule
 from megatron_srpo.resets import RULES
 from megatron_srpo.resume import Progress, progress_of
-from megatron_srpo.rewards.process import reward_named
+from megatron_srpo.rewards import judge_named
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
+from megatron_srpo.staging import check_free
 from megatron_srpo.tokenizer import HFTokenizer
 from megatron_srpo.types import InputError, Prompt, Tokens
 
@@ -36,8 +38,7 @@ class EvalInputs:
     """For evaluation alone."""
 
     tokenizer: HFTokenizer
-    reward: Reward
-    held_out: Sequence[Prompt]
+    sets: Sequence[HeldOut]
     dropped: Sequence[str]
     """Ids of prompts that are too long and were left out."""
 
@@ -47,11 +48,12 @@ class Inputs:
     """For training."""
 
     tokenizer: HFTokenizer
-    reward: Reward
+    judge: Judge
     rule: ResetRule
     credit: CreditRule
     prompts: Sequence[Prompt]
-    held_out: Sequence[Prompt]
+    sets: Sequence[HeldOut]
+    """Held-out problems."""
     dropped: Sequence[str]
     """Ids of prompts, held-out ones included, that are too long and were left out."""
     retained: Sequence[tuple[Tokens, Tokens]]
@@ -72,8 +74,16 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
-    prompts, dropped = _read_prompts(cfg.data.train, tokenizer, cfg)
-    held_out, also_dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
+    judge = judge_named(cfg.reward, second=cfg.second_reward, cfg=cfg)
+    prompts, dropped = read_prompts(
+        cfg.data.train,
+        tokenizer,
+        format=PromptFormat.of(cfg),
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        long_prompts=cfg.data.long_prompts,
+    )
+    sets, also_dropped = read_held_out(cfg, tokenizer, judge)
+    check_disjoint(prompts, sets, cfg)
     if len(prompts) < cfg.algorithm.num_prompts:
         raise InputError(
             f"{cfg.data.train}: {len(prompts)} prompts are fewer than a step's "
@@ -86,11 +96,11 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     _check_rollouts(cfg, prompts, RunFolder(cfg.run_dir), progress.journalled)
     return Inputs(
         tokenizer=tokenizer,
-        reward=reward_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
+        judge=judge,
         rule=build(cfg.algorithm.resets, RULES, ResetRule, cfg, tokenizer, key="algorithm.resets"),
         credit=build(cfg.credit.rule, CREDITS, CreditRule, cfg, key="credit.rule"),
         prompts=prompts,
-        held_out=held_out[: cfg.eval.num_prompts],
+        sets=sets,
         dropped=[*dropped, *also_dropped],
         retained=read_demonstrations(cfg.retention.data, tokenizer) if cfg.retention.data else [],
         shapes=tensor_shapes(cfg.model),
@@ -98,22 +108,22 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     )
 
 
-def read_eval_inputs(cfg: Config, *, num_processes: int, out: Path | None = None) -> EvalInputs:
-    """Everything that `eval` needs of the user's files; `out` must be a file that can be made."""
+def read_eval_inputs(
+    cfg: Config, *, num_processes: int, out: Path | None = None, is_stored: bool = True
+) -> EvalInputs:
+    """Everything that `eval` needs of the user's files; `out` must be a folder that can be made.
+    Without `is_stored` the model's folder lacks its weights, which are in a checkpoint."""
     if out is not None:
-        _check_new_file(out)
+        check_free(out)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(ParallelConfig(), completed_config(cfg.model), **layout)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
-    tensor_shapes(cfg.model)  # only for what it refuses
-    held_out, dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
-    return EvalInputs(
-        tokenizer=tokenizer,
-        reward=reward_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
-        held_out=held_out[: cfg.eval.num_prompts],
-        dropped=dropped,
-    )
+    if is_stored:
+        tensor_shapes(cfg.model)  # only for what it refuses
+    judge = judge_named(cfg.reward, second=cfg.second_reward, cfg=cfg)
+    sets, dropped = read_held_out(cfg, tokenizer, judge)
+    return EvalInputs(tokenizer=tokenizer, sets=sets, dropped=dropped)
 
 
 def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, Tokens]]:
@@ -185,24 +195,6 @@ def _check_groups(model: Mapping[str, Any], knob: str, size: int) -> None:
         raise InputError(
             f"the model's num_key_value_heads, {num_groups}, does not divide by {knob} = {size}"
         )
-
-
-def _read_prompts(
-    path: Path, tokenizer: HFTokenizer, cfg: Config
-) -> tuple[list[Prompt], list[str]]:
-    return read_prompts(
-        path,
-        tokenizer,
-        max_prompt_tokens=cfg.data.max_prompt_tokens,
-        long_prompts=cfg.data.long_prompts,
-    )
-
-
-def _check_new_file(path: Path) -> None:
-    if path.exists():
-        raise InputError(f"{path}: exists already; name a new file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: {path.parent} is no folder that can be written to")
 
 
 def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:

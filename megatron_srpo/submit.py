@@ -146,7 +146,9 @@ def _train_plan(cfg: Config, num_processes: int) -> list[str]:
 
 def _eval_plan(cfg: Config, num_processes: int) -> list[str]:
     inputs = read_eval_inputs(cfg, num_processes=num_processes)
+    num_problems = sum(len(held_out.prompts) for held_out in inputs.sets)
+    num_responses = cfg.eval.num_seeds * cfg.eval.num_samples + cfg.eval.greedy
     return [
         f"rollouts: {num_processes // cfg.rollout.tp} engines of tp {cfg.rollout.tp}; "
-        f"{len(inputs.held_out)} problems, {cfg.eval.num_samples} responses each"
+        f"{num_problems} problems, {num_responses} responses each"
     ]

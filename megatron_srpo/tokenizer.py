@@ -56,6 +56,10 @@ class HFTokenizer:
         )
         return self.encode(str(text))
 
+    def shown(self, token_ids: Tokens) -> str:
+        """All of it, special tokens too."""
+        return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False))
+
     def pieces(self, token_ids: Tokens) -> list[str]:
         stream = DecodeStream(skip_special_tokens=True)
         backend = self._tokenizer.backend_tokenizer

@@ -6,6 +6,7 @@ Shape legend: T tokens of one sequence (`T_response`: without the prompt).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +52,11 @@ class Prompt:
 
     def __post_init__(self) -> None:
         freeze_arrays(self)
+
+    @property
+    def digest(self) -> str:
+        """Of question and right answer: an id may be another problem's in another file."""
+        return hashlib.sha256(f"{self.text}\0{self.answer}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

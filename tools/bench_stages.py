@@ -135,7 +135,8 @@ def made_up_config(num_tokens: int):
         {
             "run_dir": "runs/none",
             "model": "none",
-            "data": {"train": "none.jsonl", "eval": "none.jsonl"},
+            "data": {"train": "none.jsonl"},
+            "eval": {"sets": {"held_out": {"data": "none.jsonl"}}},
             "rollout": {"max_response_tokens": num_tokens, "max_model_len": 4 * num_tokens},
         }
     )

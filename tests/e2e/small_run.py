@@ -33,7 +33,6 @@ def write_small_run(folder: Path, **changes: object) -> Path:
         "max_logprob_diff": 5e-5,
         "data": {
             "train": str(folder / "train.jsonl"),
-            "eval": str(folder / "held_out.jsonl"),
             "max_prompt_tokens": 16,
         },
         "algorithm": {"num_prompts": 4},
@@ -41,7 +40,11 @@ def write_small_run(folder: Path, **changes: object) -> Path:
         "localize": {"template": "{prompt}{response}?", "parser": "verdicts", "max_tokens": 12},
         "rollout": {"max_response_tokens": 24, "max_model_len": 128},
         "optimizer": {"lr": 3e-4},
-        "eval": {"every": 2, "num_prompts": 8},
+        "eval": {
+            "sets": {"held_out": {"data": str(folder / "held_out.jsonl")}},
+            "every": 2,
+            "num_prompts": 8,
+        },
         "sft": {
             "run_dir": str(folder / "sft"),
             "model": str(folder / "model"),

@@ -110,7 +110,7 @@ def test_the_papers_preset_trains_on_a_toy_task(tmp_path: Path) -> None:
         "run_dir": tmp_path / "run",
         "model": tmp_path / "model",
         "data.train": tmp_path / "train.jsonl",
-        "data.eval": tmp_path / "held_out.jsonl",
+        "eval.sets.olympiads.data": tmp_path / "held_out.jsonl",
         "data.max_prompt_tokens": 16,
         "reward": "last_line",
         "dtype": "float32",

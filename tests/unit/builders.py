@@ -28,11 +28,12 @@ DEFAULTS: dict[str, Any] = {
     "run_dir": "run",
     "model": "model",
     "reward": "last_line",
-    "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_prompt_tokens": 8},
+    "data": {"train": "train.jsonl", "max_prompt_tokens": 8},
     "algorithm": {"resets": "self", "num_prompts": 2, "num_rollouts": 8, "split": "1x4"},
     "thoughts": {"delimiter": "\n", "max_tokens": 4},
     "localize": {"template": "{prompt}{response}?", "max_tokens": 16},
     "rollout": {"max_response_tokens": 24, "max_model_len": 128},
+    "eval": {"sets": {"held_out": {"data": "held_out.jsonl"}}},
 }
 
 

@@ -82,6 +82,7 @@ def test_a_dumped_config_writes_every_default_out(tmp_path: Path):
     for name in field_names():
         value = dumped
         for part in name.split("."):
+            part = next(iter(value)) if part == "*" else part
             assert part in value, name
             value = value[part]
 
@@ -262,11 +263,41 @@ def test_a_nucleus_has_no_importance_weights(tmp_path: Path):
     assert load_config(written(tmp_path), overrides[:1]).rollout.top_p == 0.95
 
 
-def test_greedy_responses_are_not_sampled_twice(tmp_path: Path):
-    overrides = ["eval.temperature=0", "eval.num_samples=4"]
-    message = "eval: num_samples=4 greedy responses would be the same"
-    assert refusal(tmp_path, *overrides) == message
-    assert load_config(written(tmp_path), overrides[:1]).eval.temperature == 0
+def test_an_evaluation_generates_something(tmp_path: Path):
+    message = "eval: num_samples=0 and greedy=false: nothing is generated"
+    assert refusal(tmp_path, "eval.num_samples=0") == message
+    cfg = load_config(written(tmp_path), ["eval.num_samples=0", "eval.greedy=true"])
+    assert cfg.eval.pass_at == (1,)  # of no responses: not asked for
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("eval.sets.held_out=3", "eval.sets.held_out=3: Input should be a valid dictionary"),
+        ("eval.sets.other={}", "eval.sets.other.data: Field required"),
+        ("eval.sets.other={dta: x}", "unknown key 'eval.sets.other.dta'; did you mean"),
+        ("eval.sets.a/b.data=x", "should match pattern"),
+        (
+            "eval.sets.held_out.second_reward=boxed",
+            "eval.sets.held_out: second_reward=boxed needs a `reward` beside it",
+        ),
+        (
+            "eval.sets.held_out.answer_format=box it",
+            "config: eval.sets.held_out.answer_format has no place: data.template does not name it",
+        ),
+    ],
+)
+def test_evaluation_sets_have_a_name_and_what_they_need(
+    tmp_path: Path, override: str, message: str
+):
+    assert message in refusal(tmp_path, override)
+
+
+def test_evaluation_sets_are_named_by_the_user_and_keep_their_order(tmp_path: Path):
+    overrides = ["eval.sets.aime-24.data=a", "eval.sets.MATH_500={data: m, reward: boxed}"]
+    sets = load_config(written(tmp_path), overrides).eval.sets
+    assert [*sets] == ["held_out", "aime-24", "MATH_500"]
+    assert sets["MATH_500"].reward == "boxed" and sets["aime-24"].reward is None
 
 
 def test_lengths_that_just_fit_are_accepted(tmp_path: Path):
@@ -278,10 +309,14 @@ def test_lengths_that_just_fit_are_accepted(tmp_path: Path):
     "template", ["{question}", "{}", "{0}", "{steps", "boxed{1}", "{prompt.text}", "{prompt[a]}"]
 )
 def test_a_template_with_a_wrong_field_names_the_right_ones(tmp_path: Path, template: str):
-    text = yaml.safe_dump(DEFAULTS | {"localize": {"template": template, "max_tokens": 16}})
-    message = refusal(tmp_path, text=text)
-    assert message.startswith("config: localize.template: ")
-    assert "{prompt} {response} {steps}" in message
+    for section, fields in (
+        ("localize", "{prompt} {response} {steps}"),
+        ("data", "{prompt} {answer_format} {delimiter}"),
+    ):
+        text = yaml.safe_dump(DEFAULTS | {section: {**DEFAULTS[section], "template": template}})
+        message = refusal(tmp_path, text=text)
+        assert message.startswith(f"{section}: template: ")
+        assert fields in message
 
 
 @pytest.mark.parametrize(
@@ -317,7 +352,7 @@ def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path):
 
 
 def test_the_config_stays_on_one_page():
-    assert len([*field_names()]) <= 120
+    assert len([*field_names()]) <= 135
 
 
 # --- every field is read -------------------------------------------------------------------------
@@ -469,6 +504,7 @@ def test_a_field_that_nothing_reads_would_be_found():
         ("algorithm.py", {"algorithm.reset_offset", "algorithm.max_redraws"}),
         ("sft.py", {"sft.num_steps"}),
         ("inputs.py", {"sft.data", "retention.data"}),
+        ("held_out.py", {"eval.sets.data", "eval.sets.reward", "eval.num_prompts"}),
     ],
 )
 def test_leaving_out_the_file_that_reads_a_field_makes_it_unread(file: str, unread: set[str]):

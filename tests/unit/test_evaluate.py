@@ -70,11 +70,11 @@ def test_problems_weigh_alike_and_replicas_add_up():
     alone = combine([attempt_sums([*one, *two, *three], cfg)])
     assert alone == pytest.approx(
         {
-            "eval/eval/pass_at_1": (1 / 4 + 1 / 2 + 1) / 3,
-            "eval/eval/pass_at_2": (1 / 2 + 5 / 6 + 1) / 3,
-            "eval/eval/response_tokens_mean": 5.0,
-            "eval/eval/truncated_rate": 1 / 3,
-            "eval/eval/failure_rate": 0.0,
+            "eval/held_out/pass_at_1": (1 / 4 + 1 / 2 + 1) / 3,
+            "eval/held_out/pass_at_2": (1 / 2 + 5 / 6 + 1) / 3,
+            "eval/held_out/response_tokens_mean": 5.0,
+            "eval/held_out/truncated_rate": 1 / 3,
+            "eval/held_out/failure_rate": 0.0,
         }
     )
     shares = [attempt_sums(one, cfg), attempt_sums([*two, *three], cfg), attempt_sums([], cfg)]
@@ -84,16 +84,16 @@ def test_problems_weigh_alike_and_replicas_add_up():
 def test_a_response_whose_reward_failed_is_counted_and_is_not_a_wrong_one():
     cfg = config(eval={"num_samples": 4, "pass_at": [1, 4]})
     sums = attempt_sums([*attempts("+-??", id="a"), *attempts("+---", id="b")], cfg)
-    assert sums["eval/eval/failure_rate"] == (2, 8)
-    assert sums["eval/eval/pass_at_1"] == (1 / 2 + 1 / 4, 2)
-    assert sums["eval/eval/pass_at_4"] == (1.0, 1)  # the other problem has only two verdicts
+    assert sums["eval/held_out/failure_rate"] == (2, 8)
+    assert sums["eval/held_out/pass_at_1"] == (1 / 2 + 1 / 4, 2)
+    assert sums["eval/held_out/pass_at_4"] == (1.0, 1)  # the other problem has only two verdicts
 
 
 def test_where_no_problem_has_a_verdict_there_is_no_pass_at_k_rather_than_a_zero():
     metrics = combine([attempt_sums(attempts("?"), config())])
     assert pass_at(1, attempts("?")) == []
-    assert metrics["eval/eval/failure_rate"] == 1.0
-    assert "eval/eval/pass_at_1" not in metrics
+    assert metrics["eval/held_out/failure_rate"] == 1.0
+    assert "eval/held_out/pass_at_1" not in metrics
 
 
 def test_attempts_come_in_the_order_of_the_prompts_whichever_finishes_first():
@@ -141,4 +141,4 @@ def test_a_response_that_was_cut_is_told_from_one_that_ended():
     cut = [attempt for attempt in done if attempt.finish_reason == "length"]
     assert cut and all(attempt.num_tokens == 24 for attempt in cut)
     assert all(attempt.num_tokens < 25 for attempt in done)
-    assert attempt_sums(done, cfg)["eval/eval/truncated_rate"] == (len(cut), 30)
+    assert attempt_sums(done, cfg)["eval/held_out/truncated_rate"] == (len(cut), 30)

@@ -1,0 +1,54 @@
+"""What is a policy measured on?   `eval.sets` -> problems, judges; none that it is trained on"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_srpo.config import Config, EvalSet
+from megatron_srpo.data import PromptFormat, read_prompts
+from megatron_srpo.evaluate import HeldOut
+from megatron_srpo.protocols import Judge, Tokenizer
+from megatron_srpo.rewards import judge_named
+from megatron_srpo.types import InputError, Prompt
+
+
+def read_held_out(
+    cfg: Config, tokenizer: Tokenizer, judge: Judge
+) -> tuple[list[HeldOut], list[str]]:
+    """(sets, ids of problems that are too long and were left out); `judge` is the run's own."""
+    read = [_read_set(name, each, cfg, tokenizer, judge) for name, each in cfg.eval.sets.items()]
+    return [held_out for held_out, _ in read], [id for _, too_long in read for id in too_long]
+
+
+def _read_set(
+    name: str, each: EvalSet, cfg: Config, tokenizer: Tokenizer, judge: Judge
+) -> tuple[HeldOut, list[str]]:
+    prompts, too_long = read_prompts(
+        each.data,
+        tokenizer,
+        format=PromptFormat.of(cfg, answer_format=each.answer_format),
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        long_prompts=cfg.data.long_prompts,
+    )
+    if each.reward is not None:
+        judge = judge_named(each.reward, second=each.second_reward, cfg=cfg)
+    return HeldOut(name=name, prompts=prompts[: cfg.eval.num_prompts], judge=judge), too_long
+
+
+def check_disjoint(prompts: Sequence[Prompt], sets: Sequence[HeldOut], cfg: Config) -> None:
+    """Raises `InputError` for a held-out problem that is a training problem too, whatever its id:
+    the same question but for case and white space, or the same tests of a program."""
+    trained = {_question(prompt): prompt.id for prompt in prompts}
+    tested = {prompt.answer: prompt.id for prompt in prompts if cfg.reward == "code"}
+    for held_out in sets:
+        for prompt in held_out.prompts:
+            other = trained.get(_question(prompt), tested.get(prompt.answer))
+            if other is not None:
+                raise InputError(
+                    f"{cfg.eval.sets[held_out.name].data}: problem {prompt.id!r} is also in "
+                    f"{cfg.data.train}, as {other!r}: take it out of one of them"
+                )
+
+
+def _question(prompt: Prompt) -> str:
+    return " ".join(prompt.text.casefold().split())
