@@ -25,13 +25,13 @@ from megatron_srpo.kept import KeepingGenerator, read_kept
 from megatron_srpo.metrics import Sums
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
-from megatron_srpo.replica import LeaderReward, LeaderRule
+from megatron_srpo.replica import LeaderJudge, LeaderRule
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
 from megatron_srpo.stopping import StopPoints
-from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
+from megatron_srpo.stopwatch import Stopwatch, TimedGenerator
 from megatron_srpo.types import Batch, Group, Prompt, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
 
@@ -44,7 +44,7 @@ class Run:
     mesh: Mesh
     data: PromptSource
     collect: Collect
-    reward: LeaderReward
+    judge: LeaderJudge
     credit: CreditRule
     auxiliary: Callable[[int], list[Sample]]
     """step -> samples of losses beside the policy loss"""
@@ -73,11 +73,11 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype, before_step=points.step)
     kept = read_kept(RunFolder(cfg.run_dir).kept) if mesh.is_leader else {}
     completions = KeepingGenerator(engine=engine, known=mesh.share(kept))
-    reward = LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh)
+    judge = LeaderJudge(inner=inputs.judge, mesh=mesh, stopwatch=stopwatch)
     roles = Roles(
         generator=TimedGenerator(completions, stopwatch),
         tokenizer=inputs.tokenizer,
-        reward=reward,
+        judge=judge,
         rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
     replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
@@ -93,7 +93,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         mesh=mesh,
         data=data,
         collect=collect,
-        reward=reward,
+        judge=judge,
         credit=inputs.credit,
         auxiliary=auxiliary_samples(cfg, inputs, replica),
         record=journal.write if mesh.is_leader else _record_nothing,
@@ -151,7 +151,7 @@ def held_out_sums(prompts: Sequence[Prompt], roles: Roles, cfg: Config) -> Sums:
         prompts,
         generator=roles.generator,
         tokenizer=roles.tokenizer,
-        reward=roles.reward,
+        judge=roles.judge,
         cfg=cfg,
     )
     return attempt_sums(attempts, cfg)

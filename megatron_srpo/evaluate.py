@@ -11,16 +11,16 @@ such metric.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Literal
 
 from megatron_srpo.config import Config
 from megatron_srpo.metrics import Sums
-from megatron_srpo.protocols import Generator, Reward, Tokenizer
+from megatron_srpo.protocols import Generator, Judge, Tokenizer
 from megatron_srpo.seeding import counter_seed
-from megatron_srpo.types import Prompt, Request, Score
+from megatron_srpo.types import Completion, Prompt, Request, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def evaluate(
     *,
     generator: Generator,
     tokenizer: Tokenizer,
-    reward: Reward,
+    judge: Judge,
     cfg: Config,
 ) -> list[Attempt]:
     """`eval.num_samples` responses per prompt, in the prompts' order.
@@ -63,15 +63,23 @@ def evaluate(
         )
         for id, (prompt, index) in draws.items()
     ]
+    finished: list[tuple[Completion, str]] = []
+
+    def responses() -> Iterator[tuple[Prompt, str]]:
+        for completion in generator.generate(requests):
+            prompt, _ = draws[completion.request_id]
+            finished.append((completion, "".join(tokenizer.pieces(completion.token_ids))))
+            yield prompt, finished[-1][1]
+
     attempts: dict[str, Attempt] = {}
-    for completion in generator.generate(requests):
+    scores = judge.judge(responses())
+    for (completion, text), score in zip(finished, scores, strict=True):
         prompt, index = draws[completion.request_id]
-        text = "".join(tokenizer.pieces(completion.token_ids))
         attempts[completion.request_id] = Attempt(
             prompt_id=prompt.id,
             index=index,
             text=text,
-            score=reward(prompt, text),
+            score=score,
             num_tokens=len(completion.token_ids),
             finish_reason=completion.finish_reason,
         )

@@ -21,7 +21,7 @@ from megatron_srpo.evaluate import Attempt, attempt_sums, evaluate, pass_at
 from megatron_srpo.inputs import EvalInputs
 from megatron_srpo.metrics import combine
 from megatron_srpo.preflight import checked_mesh
-from megatron_srpo.replica import MOST_LINES, LeaderReward
+from megatron_srpo.replica import MOST_LINES, LeaderJudge
 
 
 def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> None:
@@ -32,7 +32,7 @@ def evaluate_model(cfg: Config, inputs: EvalInputs, out: Path | None = None) -> 
         inputs.held_out[mesh.replica :: mesh.num_replicas],
         generator=engine,
         tokenizer=inputs.tokenizer,
-        reward=LeaderReward(reward=inputs.reward, mesh=mesh),
+        judge=LeaderJudge(inner=inputs.judge, mesh=mesh),
         cfg=cfg,
     )
     # Nobody leaves while another still works; the ranks of a replica hold the same attempts.

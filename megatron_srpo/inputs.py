@@ -21,10 +21,10 @@ from megatron_srpo.extensions import build
 from megatron_srpo.hf_config import completed_config, head_size, num_experts, num_kv_heads
 from megatron_srpo.hf_folder import tensor_shapes, weight_files
 from megatron_srpo.journal import check_replay
-from megatron_srpo.protocols import CreditRule, ResetRule, Reward
+from megatron_srpo.protocols import CreditRule, ResetRule
 from megatron_srpo.resets import RULES
 from megatron_srpo.resume import Progress, progress_of
-from megatron_srpo.rewards.process import reward_named
+from megatron_srpo.rewards.judge import RewardJudge, judge_named
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.tokenizer import HFTokenizer
@@ -36,7 +36,7 @@ class EvalInputs:
     """For evaluation alone."""
 
     tokenizer: HFTokenizer
-    reward: Reward
+    judge: RewardJudge
     held_out: Sequence[Prompt]
     dropped: Sequence[str]
     """Ids of prompts that are too long and were left out."""
@@ -47,7 +47,7 @@ class Inputs:
     """For training."""
 
     tokenizer: HFTokenizer
-    reward: Reward
+    judge: RewardJudge
     rule: ResetRule
     credit: CreditRule
     prompts: Sequence[Prompt]
@@ -86,7 +86,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     _check_rollouts(cfg, prompts, RunFolder(cfg.run_dir), progress.journalled)
     return Inputs(
         tokenizer=tokenizer,
-        reward=reward_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
+        judge=judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
         rule=build(cfg.algorithm.resets, RULES, ResetRule, cfg, tokenizer, key="algorithm.resets"),
         credit=build(cfg.credit.rule, CREDITS, CreditRule, cfg, key="credit.rule"),
         prompts=prompts,
@@ -110,7 +110,7 @@ def read_eval_inputs(cfg: Config, *, num_processes: int, out: Path | None = None
     held_out, dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
     return EvalInputs(
         tokenizer=tokenizer,
-        reward=reward_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
+        judge=judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
         held_out=held_out[: cfg.eval.num_prompts],
         dropped=dropped,
     )

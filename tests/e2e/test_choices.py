@@ -28,6 +28,7 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
 from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import Group, Prompt, Sample, Score
@@ -157,7 +158,10 @@ class World:
 
     def roles(self, cfg: Config, inputs: Inputs) -> Roles:
         return Roles(
-            generator=self.engine, tokenizer=inputs.tokenizer, reward=graded, rule=inputs.rule
+            generator=self.engine,
+            tokenizer=inputs.tokenizer,
+            judge=RewardJudge(graded),
+            rule=inputs.rule,
         )
 
     def rollouts(self, cfg: Config) -> list[Group]:

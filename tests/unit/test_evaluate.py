@@ -12,9 +12,12 @@ from megatron_srpo.evaluate import Attempt, attempt_sums, chance_at, evaluate, p
 from megatron_srpo.metrics import combine
 from megatron_srpo.protocols import Reward
 from megatron_srpo.rewards import last_line
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import Prompt, Score
 from tests.unit.builders import TOKENIZER, config, prompt
+
+JUDGE = RewardJudge(last_line)
 
 
 def attempts(verdicts: str, *, id: str = "p", **fields: Any) -> list[Attempt]:
@@ -43,7 +46,7 @@ def answering(*prompts: Prompt, reward: Reward = last_line, **eval: Any) -> list
             lambda context, rng: "x" * rng.randrange(9) + f"\n{rng.choice('01')}"
         ),
         tokenizer=TOKENIZER,
-        reward=reward,
+        judge=RewardJudge(reward),
         cfg=config(eval=eval),
     )
 
@@ -121,7 +124,7 @@ def test_the_requests_are_what_the_config_says():
         rollout={"top_p": 0.9, "max_response_tokens": 20},
         eval={"temperature": 0.6, "num_samples": 2},
     )
-    evaluate([prompt("2=")], generator=generator, tokenizer=TOKENIZER, reward=last_line, cfg=cfg)
+    evaluate([prompt("2=")], generator=generator, tokenizer=TOKENIZER, judge=JUDGE, cfg=cfg)
     ((first, second),) = generator.seen
     assert (first.purpose, first.max_tokens, first.temperature, first.top_p) == (
         "eval",
@@ -137,7 +140,7 @@ def test_the_requests_are_what_the_config_says():
 def test_a_response_that_was_cut_is_told_from_one_that_ended():
     generator = FakeGenerator(lambda context, rng: "1" * rng.randrange(5, 40))
     cfg = config(eval={"num_samples": 30})
-    done = evaluate([prompt()], generator=generator, tokenizer=TOKENIZER, reward=last_line, cfg=cfg)
+    done = evaluate([prompt()], generator=generator, tokenizer=TOKENIZER, judge=JUDGE, cfg=cfg)
     cut = [attempt for attempt in done if attempt.finish_reason == "length"]
     assert cut and all(attempt.num_tokens == 24 for attempt in cut)
     assert all(attempt.num_tokens < 25 for attempt in done)
