@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,22 +17,22 @@ from megatron_srpo.data import EpochOrder
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
-from megatron_srpo.evaluate import attempt_sums, evaluate
+from megatron_srpo.evaluate import Attempt, HeldOut, attempt_sums, evaluate
 from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay, Resumed
 from megatron_srpo.kept import KeepingGenerator, read_kept
 from megatron_srpo.metrics import Sums
 from megatron_srpo.pack_layout import PackLayout
-from megatron_srpo.protocols import Collect, CreditRule, Learner, PromptSource
-from megatron_srpo.replica import LeaderReward, LeaderRule
+from megatron_srpo.protocols import Collect, CreditRule, Judge, Learner, PromptSource
+from megatron_srpo.replica import LeaderJudge, LeaderRule
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.sft import Retention
 from megatron_srpo.stopping import StopPoints
-from megatron_srpo.stopwatch import Stopwatch, TimedGenerator, TimedReward
-from megatron_srpo.types import Batch, Group, Prompt, Sample
+from megatron_srpo.stopwatch import Stopwatch, TimedGenerator
+from megatron_srpo.types import Batch, Group, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
 
 
@@ -44,7 +44,7 @@ class Run:
     mesh: Mesh
     data: PromptSource
     collect: Collect
-    reward: LeaderReward
+    judge: LeaderJudge
     credit: CreditRule
     auxiliary: Callable[[int], list[Sample]]
     """step -> samples of losses beside the policy loss"""
@@ -73,14 +73,18 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype, before_step=points.step)
     kept = read_kept(RunFolder(cfg.run_dir).kept) if mesh.is_leader else {}
     completions = KeepingGenerator(engine=engine, known=mesh.share(kept))
-    reward = LeaderReward(reward=TimedReward(inputs.reward, stopwatch), mesh=mesh)
+    judge = LeaderJudge(inner=inputs.judge, mesh=mesh, stopwatch=stopwatch)
     roles = Roles(
         generator=TimedGenerator(completions, stopwatch),
         tokenizer=inputs.tokenizer,
-        reward=reward,
+        judge=judge,
         rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
     replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
+    shares = [
+        (each.share(mesh.replica, mesh.num_replicas), replace(judge, inner=each.judge))
+        for each in inputs.sets
+    ]
     folder, held = RunFolder(cfg.run_dir), inputs.progress.journalled
     journal = Journal(folder=folder.rollouts, **replica, held=held)
     live = partial(collect_groups, roles=roles, cfg=cfg)
@@ -93,7 +97,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         mesh=mesh,
         data=data,
         collect=collect,
-        reward=reward,
+        judge=judge,
         credit=inputs.credit,
         auxiliary=auxiliary_samples(cfg, inputs, replica),
         record=journal.write if mesh.is_leader else _record_nothing,
@@ -115,9 +119,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
             max_logprob_diff=cfg.max_logprob_diff,
             gather=mesh.gather,
         ),
-        evaluate=partial(
-            held_out_sums, inputs.held_out[mesh.replica :: mesh.num_replicas], roles, cfg
-        ),
+        evaluate=partial(held_out_sums, shares, roles, cfg),
         gpu=gpu,
         stopwatch=stopwatch,
         first_step=inputs.progress.step,
@@ -145,15 +147,17 @@ def build_learner(cfg: Config, mesh: Mesh, points: StopPoints) -> MegatronLearne
     )
 
 
-def held_out_sums(prompts: Sequence[Prompt], roles: Roles, cfg: Config) -> Sums:
+def held_out_sums(shares: Sequence[tuple[HeldOut, Judge]], roles: Roles, cfg: Config) -> Sums:
     """One replica's share of the evaluation of the policy as it is."""
-    attempts = evaluate(
-        prompts,
-        generator=roles.generator,
-        tokenizer=roles.tokenizer,
-        reward=roles.reward,
-        cfg=cfg,
-    )
+    attempts: list[Attempt] = []
+    for held_out, judge in shares:
+        attempts += evaluate(
+            held_out,
+            generator=roles.generator,
+            tokenizer=roles.tokenizer,
+            judge=judge,
+            cfg=cfg,
+        )
     return attempt_sums(attempts, cfg)
 
 

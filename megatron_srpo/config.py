@@ -36,8 +36,8 @@ class DataConfig(Section):
     train: Path
     """JSONL or parquet: `prompt` (text or chat messages), `answer`, optional `id`, `solution`."""
     template: str = "{prompt}"
-    """What the policy is given. Fields: {prompt} {answer_format} {delimiter} (`thoughts.delimiter`).
-    Prompts that are chat messages need none."""
+    """What the policy is given, unless a prompt is chat messages. Fields: {prompt} {answer_format}
+    {delimiter} (of `thoughts`)."""
     chat: bool = False
     """Send it as a user message through the chat template."""
     answer_format: str = ""
@@ -391,10 +391,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _answer_formats_are_asked_for(self) -> Config:
         formats = {"data": self.data.answer_format}
-        formats |= {f"eval.sets.{name}": each.answer_format for name, each in self.eval.sets.items()}
+        formats |= {
+            f"eval.sets.{name}": each.answer_format for name, each in self.eval.sets.items()
+        }
         for name, answer_format in formats.items():
             if answer_format and "{answer_format}" not in self.data.template:
-                raise ValueError(f"{name}.answer_format has no place: data.template does not name it")
+                raise ValueError(
+                    f"{name}.answer_format has no place: data.template does not name it"
+                )
         return self
 
     @model_validator(mode="after")

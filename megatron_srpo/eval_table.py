@@ -11,8 +11,10 @@ The last row, with several sets, is the mean over sets; its interval is over see
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,9 @@ from megatron_srpo.evaluate import Attempt, Chances, all_chances, attempt_sums
 from megatron_srpo.metrics import combine
 
 MEAN = "mean"
+"""The last row's name."""
+DIGITS = {"num_problems": 0, "num_responses": 0, "response_tokens_mean": 1}
+"""Behind the point, for people; 3 otherwise."""
 
 
 def table(attempts: Sequence[Attempt], cfg: Config) -> pd.DataFrame:
@@ -36,12 +41,12 @@ def table(attempts: Sequence[Attempt], cfg: Config) -> pd.DataFrame:
         of_set = [attempt for attempt in attempts if attempt.set == name]
         prefix = f"eval/{name}/"
         row = {"num_problems": len({a.prompt_id for a in of_set}), "num_responses": len(of_set)}
-        row |= {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+        known = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
         for metric, chances in all_chances(of_set, cfg).items():
             seeds = _of_seeds(chances)
             by_seed[metric].append(seeds)
-            row |= _accuracy(metric, seeds, chances)
-        rows[name] = row
+            row |= {metric: known.pop(metric, nan), **_accuracy(metric, seeds, chances)}
+        rows[name] = row | known
     if len(rows) > 1:
         rows[MEAN] = _mean_row(rows, by_seed)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("set")
@@ -50,7 +55,7 @@ def table(attempts: Sequence[Attempt], cfg: Config) -> pd.DataFrame:
 def interval(means: Sequence[float]) -> float:
     """Half of the 95 % interval of what these independent means estimate; NaN of fewer than two."""
     if len(means) < 2:
-        return float("nan")
+        return nan
     error = np.std(means, ddof=1) / np.sqrt(len(means))
     return float(student.ppf(0.975, len(means) - 1) * error)
 
@@ -81,7 +86,8 @@ def _mean_row(
 ) -> dict[str, float]:
     """Of every metric that all sets have."""
     row: dict[str, float] = {
-        name: sum(each[name] for each in rows.values()) for name in ("num_problems", "num_responses")
+        name: sum(each[name] for each in rows.values())
+        for name in ("num_problems", "num_responses")
     }
     for metric, of_sets in by_seed.items():
         if all(of_sets):
@@ -94,34 +100,43 @@ def _mean_row(
 
 
 def shown(found: pd.DataFrame) -> pd.DataFrame:
-    """For people: numbers as text, an accuracy beside what it is of."""
-    columns: dict[str, list[str]] = {}
+    """For people: text, an accuracy beside what it is of: mean ± interval (standard error)."""
+    rows = found.to_dict(orient="records")
+    columns = {"set": [str(name) for name in found.index]}
     for name in found.columns:
-        if name.endswith(("_ci95", "_stderr")):
-            continue
-        digits = 0 if name.startswith("num_") else 1 if name.endswith("tokens_mean") else 3
-        columns[name] = [
-            _cell(row, name, digits) for row in found.to_dict(orient="records")
-        ]
-    return pd.DataFrame(columns, index=found.index)
+        if not name.endswith(("_ci95", "_stderr")):
+            digits = DIGITS.get(name, 3)
+            columns[_title(name)] = [_cell(row, name, digits) for row in rows]
+    return pd.DataFrame(columns)
+
+
+def _title(name: str) -> str:
+    """
+    >>> [_title(name) for name in ("num_problems", "pass_at_8", "truncated_rate")]
+    ['problems', 'pass@8', 'truncated']
+    """
+    for begin in ("num_", "response_"):
+        name = name.removeprefix(begin)
+    return name.removesuffix("_rate").removesuffix("_mean").replace("pass_at_", "pass@")
 
 
 def _cell(row: Mapping[str, float], name: str, digits: int) -> str:
-    value, ci95, stderr = (row.get(name + end, np.nan) for end in ("", "_ci95", "_stderr"))
-    if np.isnan(value):
+    value, ci95, stderr = (row.get(name + end, nan) for end in ("", "_ci95", "_stderr"))
+    if isnan(value):
         return "-"
     words = [f"{value:.{digits}f}"]
-    if not np.isnan(ci95):
+    if not isnan(ci95):
         words.append(f"± {ci95:.{digits}f}")
-    if not np.isnan(stderr):
+    if not isnan(stderr):
         words.append(f"({stderr:.{digits}f})")
     return " ".join(words)
 
 
 def write_tables(found: pd.DataFrame, folder: Path) -> None:
     """table.json, table.csv: all numbers; table.tex: as it is shown."""
-    found.to_json(folder / "table.json", orient="index", indent=2, double_precision=15)
+    known = {name: row.dropna().to_dict() for name, row in found.iterrows()}
+    (folder / "table.json").write_text(json.dumps(known, indent=2) + "\n", "utf-8")
     found.to_csv(folder / "table.csv")
     # `escape`: names hold underscores.
-    tex = shown(found).reset_index().to_latex(index=False, escape=True)
+    tex = shown(found).to_latex(index=False, escape=True)
     (folder / "table.tex").write_text(tex, "utf-8")

@@ -19,6 +19,7 @@ from typing import Literal
 from megatron_srpo.config import Config
 from megatron_srpo.metrics import Sums
 from megatron_srpo.protocols import Generator, Judge, Tokenizer
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import Completion, Prompt, Request, Score
 
@@ -33,11 +34,11 @@ class HeldOut:
     name: str
     """In `eval.sets`."""
     prompts: Sequence[Prompt]
-    judge: Judge
+    judge: RewardJudge
 
-    def share(self, replica: int, num_replicas: int, judge: Judge) -> HeldOut:
-        """Every so-many-th problem, under the replica's judge."""
-        return replace(self, prompts=self.prompts[replica::num_replicas], judge=judge)
+    def share(self, replica: int, num_replicas: int) -> HeldOut:
+        """Every so-many-th problem."""
+        return replace(self, prompts=self.prompts[replica::num_replicas])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +63,9 @@ Draw = tuple[Prompt, int | None, int]
 
 
 def evaluate(
-    held_out: HeldOut, *, generator: Generator, tokenizer: Tokenizer, cfg: Config
+    held_out: HeldOut, *, generator: Generator, tokenizer: Tokenizer, judge: Judge, cfg: Config
 ) -> list[Attempt]:
-    """All responses to each problem, in the problems' order.
+    """All responses to each problem, in the problems' order. `judge`: the set's, or what asks it.
 
     What is drawn depends on neither step nor neighbours, so evaluations of two policies are
     paired. The nucleus, if any, is the rollouts' (`rollout.top_p`).
@@ -78,7 +79,7 @@ def evaluate(
             finished.append((new, text))
             yield draws[new.request_id][0], text
 
-    scores = held_out.judge.judge(responses())
+    scores = judge.judge(responses())
     attempts: dict[str, Attempt] = {}
     for (new, text), score in zip(finished, scores, strict=True):
         prompt, seed, index = draws[new.request_id]

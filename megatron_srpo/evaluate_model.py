@@ -26,7 +26,7 @@ from megatron_srpo.eval_table import MEAN, shown, table, write_tables
 from megatron_srpo.evaluate import RESPONSES, Attempt, evaluate
 from megatron_srpo.inputs import EvalInputs
 from megatron_srpo.preflight import checked_mesh
-from megatron_srpo.replica import MOST_LINES, LeaderReward
+from megatron_srpo.replica import MOST_LINES, LeaderJudge
 from megatron_srpo.staging import staged_folder
 from megatron_srpo.types import InputError
 
@@ -43,13 +43,10 @@ def evaluate_model(
         share: list[Attempt] = []
         for held_out in inputs.sets:
             share += evaluate(
-                held_out.share(
-                    mesh.replica,
-                    mesh.num_replicas,
-                    LeaderReward(judge=held_out.judge, mesh=mesh),
-                ),
+                held_out.share(mesh.replica, mesh.num_replicas),
                 generator=engine,
                 tokenizer=inputs.tokenizer,
+                judge=LeaderJudge(inner=held_out.judge, mesh=mesh),
                 cfg=cfg,
             )
         # Nobody leaves while another still works; the ranks of a replica hold the same attempts.
@@ -86,13 +83,11 @@ def _tell(
     attempts: Sequence[Attempt], found: pd.DataFrame, *, num_dropped: int, cfg: Config
 ) -> None:
     failed = {
-        f"{a.set}/{a.prompt_id}": a.score.failure
-        for a in attempts
-        if a.score.failure is not None
+        f"{a.set}/{a.prompt_id}": a.score.failure for a in attempts if a.score.failure is not None
     }
     for problem, failure in [*failed.items()][:MOST_LINES]:
         print(f"the reward of {problem!r} failed: {failure}", file=sys.stderr)
-    print(shown(found).to_string(), file=sys.stderr)
+    print(shown(found).to_string(index=False), file=sys.stderr)
     if num_dropped:
         print(
             f"left out {num_dropped} prompts of more than {cfg.data.max_prompt_tokens} tokens",
@@ -136,9 +131,7 @@ def _converted(checkpoint: Path, folder: Path) -> str:
     return last.removeprefix("megatron-srpo: error: ")
 
 
-def _write(
-    attempts: Sequence[Attempt], found: pd.DataFrame, inputs: EvalInputs, out: Path
-) -> None:
+def _write(attempts: Sequence[Attempt], found: pd.DataFrame, inputs: EvalInputs, out: Path) -> None:
     digests = {(each.name, p.id): p.digest for each in inputs.sets for p in each.prompts}
     with staged_folder(out) as partial:
         with (partial / RESPONSES).open("w", encoding="utf-8") as file:

@@ -154,7 +154,7 @@ class Guard:
                 self._points.agree(self._exchange)
         phase = self._stopwatch.current
         self._watchdog.rearm(phase)
-        sign = (phase, self._stopwatch.num_switches, self._points.num_points)
+        sign = (phase, self._stopwatch.num_signs, self._points.num_points)
         late = self._watchdog.look(phase, sign, now=time.monotonic())
         if late is not None:
             self._report(late, BROKEN, hangs=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from megatron_srpo.config import Config, EvalSet
 from megatron_srpo.data import PromptFormat, read_prompts
 from megatron_srpo.evaluate import HeldOut
-from megatron_srpo.protocols import Judge, Tokenizer
-from megatron_srpo.rewards import judge_named
+from megatron_srpo.protocols import Tokenizer
+from megatron_srpo.rewards.judge import RewardJudge, judge_named
 from megatron_srpo.types import InputError, Prompt
 
 
 def read_held_out(
-    cfg: Config, tokenizer: Tokenizer, judge: Judge
+    cfg: Config, tokenizer: Tokenizer, judge: RewardJudge
 ) -> tuple[list[HeldOut], list[str]]:
     """(sets, ids of problems that are too long and were left out); `judge` is the run's own."""
     read = [_read_set(name, each, cfg, tokenizer, judge) for name, each in cfg.eval.sets.items()]
@@ -21,7 +21,7 @@ def read_held_out(
 
 
 def _read_set(
-    name: str, each: EvalSet, cfg: Config, tokenizer: Tokenizer, judge: Judge
+    name: str, each: EvalSet, cfg: Config, tokenizer: Tokenizer, judge: RewardJudge
 ) -> tuple[HeldOut, list[str]]:
     prompts, too_long = read_prompts(
         each.data,
@@ -31,7 +31,7 @@ def _read_set(
         long_prompts=cfg.data.long_prompts,
     )
     if each.reward is not None:
-        judge = judge_named(each.reward, second=each.second_reward, cfg=cfg)
+        judge = judge_named(each.reward, timeout_s=cfg.reward_timeout_s)
     return HeldOut(name=name, prompts=prompts[: cfg.eval.num_prompts], judge=judge), too_long
 
 

@@ -22,10 +22,10 @@ from megatron_srpo.held_out import check_disjoint, read_held_out
 from megatron_srpo.hf_config import completed_config, head_size, num_experts, num_kv_heads
 from megatron_srpo.hf_folder import tensor_shapes, weight_files
 from megatron_srpo.journal import check_replay
-from megatron_srpo.protocols import CreditRule, Judge, ResetRule
+from megatron_srpo.protocols import CreditRule, ResetRule
 from megatron_srpo.resets import RULES
 from megatron_srpo.resume import Progress, progress_of
-from megatron_srpo.rewards import judge_named
+from megatron_srpo.rewards.judge import RewardJudge, judge_named
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.staging import check_free
@@ -48,7 +48,7 @@ class Inputs:
     """For training."""
 
     tokenizer: HFTokenizer
-    judge: Judge
+    judge: RewardJudge
     rule: ResetRule
     credit: CreditRule
     prompts: Sequence[Prompt]
@@ -74,7 +74,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
-    judge = judge_named(cfg.reward, second=cfg.second_reward, cfg=cfg)
+    judge = judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s)
     prompts, dropped = read_prompts(
         cfg.data.train,
         tokenizer,
@@ -121,7 +121,7 @@ def read_eval_inputs(
     _check_engine_fits(cfg)
     if is_stored:
         tensor_shapes(cfg.model)  # only for what it refuses
-    judge = judge_named(cfg.reward, second=cfg.second_reward, cfg=cfg)
+    judge = judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s)
     sets, dropped = read_held_out(cfg, tokenizer, judge)
     return EvalInputs(tokenizer=tokenizer, sets=sets, dropped=dropped)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from megatron_srpo.types import (
@@ -79,6 +79,15 @@ class Reward(Protocol):
     """Checks a whole response."""
 
     def __call__(self, prompt: Prompt, response: str) -> Score: ...
+
+
+class Judge(Protocol):
+    """Asks a reward about many responses while others are still being generated."""
+
+    def judge(self, items: Iterable[tuple[Prompt, str]]) -> list[Score]:
+        """Scores in the order of the items. Each item is passed on when it comes; answers are
+        waited for when the last has come. What the items raise passes."""
+        ...
 
 
 @runtime_checkable

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.protocols import Generator, ResetRule, Reward
-from megatron_srpo.rewards.verdict import checked, described
+from megatron_srpo.protocols import Generator, ResetRule
+from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.verdict import RewardError, described
 from megatron_srpo.stopping import StopRequested
+from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.types import AlarmError, Completion, Prompt, Request, Reset, Rollout, Score
 
 LOG = logging.getLogger(__name__)
@@ -23,29 +25,49 @@ MOST_LINES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaderReward:
-    """Implements `protocols.Reward`; only the leader computes it."""
+class LeaderJudge:
+    """Implements `protocols.Judge`; only the leader asks the reward, and its verdicts count.
 
-    reward: Reward
+    What comes from the engine the others draw as well: an engine's ranks take its steps together.
+    """
+
+    inner: RewardJudge
     mesh: Mesh
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    """`reward`: the leader's comparisons, and its wait for verdicts; `wait`: the others' for it."""
     failures: list[str] = field(default_factory=list)
     """On the leader: which prompts' rewards could not be computed, and why, until told."""
 
-    def __call__(self, prompt: Prompt, response: str) -> Score:
+    def judge(self, items: Iterable[tuple[Prompt, str]]) -> list[Score]:
         """Raises `AlarmError` on every rank of the replica if the leader's reward raises, or gives
-        anything but a `Score` with a finite value."""
-        score: Score | None = None
+        anything but a `Score` with a finite value. What the items raise they raise on each rank."""
+        if not self.mesh.is_leader:
+            return self._follow(items)
+        seen: list[Prompt] = []
+        drawn = _noting(self.stopwatch.drawn(items), seen)
         try:
-            if self.mesh.is_leader:
-                score = checked(self.reward(prompt, response))
-        finally:  # whatever was raised: the other ranks wait for a word
-            score, failure = self.mesh.share((score, _what_is_raised()))
-            if failure is not None and not _is_leaving():
-                raise AlarmError(f"the reward of prompt {prompt.id!r} raised {failure}")
-        assert score is not None, "the leader said neither a score nor what was wrong"
-        if score.failure is not None and self.mesh.is_leader:
-            self.failures.append(f"the reward of prompt {prompt.id!r} failed: {score.failure}")
-        return score
+            with self.stopwatch.phase("reward"):
+                scores = self.inner.judge(drawn, tick=self.stopwatch.tick)
+        except RewardError as error:
+            if self.mesh.num_replicas < self.mesh.world_size:
+                for _ in drawn:  # the others hear of it when their engine has come to its end
+                    pass
+            self.mesh.share(str(error))
+            raise AlarmError(str(error)) from error
+        self.mesh.share(scores)
+        for prompt, score in zip(seen, scores, strict=True):
+            if score.failure is not None:
+                self.failures.append(f"the reward of prompt {prompt.id!r} failed: {score.failure}")
+        return scores
+
+    def _follow(self, items: Iterable[tuple[Prompt, str]]) -> list[Score]:
+        for _ in items:
+            pass
+        with self.stopwatch.phase("wait"):
+            said: list[Score] | str = self.mesh.share([])
+        if isinstance(said, str):
+            raise AlarmError(said)
+        return said
 
     def tell_failures(self) -> None:
         """Collective over all replicas: the first rank's log names those since the last call."""
@@ -56,6 +78,14 @@ class LeaderReward:
                 LOG.warning(line)
             if len(told) > MOST_LINES:
                 LOG.warning(f"... and {len(told) - MOST_LINES} more, which the journal names")
+
+
+def _noting(
+    items: Iterable[tuple[Prompt, str]], prompts: list[Prompt]
+) -> Iterator[tuple[Prompt, str]]:
+    for item in items:
+        prompts.append(item[0])
+        yield item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from megatron_srpo.protocols import Generator, Reward
-from megatron_srpo.types import Completion, Prompt, Purpose, Request, Score
+from megatron_srpo.protocols import Generator
+from megatron_srpo.types import Completion, Purpose, Request
+
+T = TypeVar("T")
 
 PHASE_OF: dict[Purpose, str] = {
     "base": "generate",
@@ -25,8 +28,8 @@ class Stopwatch:
     """`current` names the running phase, for displays and watchdogs."""
 
     current: str = "other"
-    num_switches: int = 0
-    """Of phases, ever: a sign of life."""
+    num_signs: int = 0
+    """Of life, ever: changes of phase, and ticks."""
     _seconds: dict[str, float] = field(default_factory=dict)
     _mark: float = field(default_factory=time.perf_counter)
 
@@ -38,6 +41,23 @@ class Stopwatch:
             yield
         finally:
             self._switch(outer)
+
+    def tick(self) -> None:
+        """Something has come forward, in the same phase."""
+        self.num_signs += 1
+
+    def drawn(self, items: Iterable[T]) -> Iterator[T]:
+        """The time that items take to come is not that of whoever draws them: it belongs to the
+        phase in which this is called."""
+        return self._drawn(iter(items), self.current)
+
+    def _drawn(self, items: Iterator[T], phase: str) -> Iterator[T]:
+        with self.phase(phase):
+            item = next(items, None)
+        while item is not None:
+            yield item
+            with self.phase(phase):
+                item = next(items, None)
 
     def take(self) -> dict[str, float]:
         """`time/<phase>_s` since the last call, and `time/step_s`, their sum with all the rest."""
@@ -51,7 +71,7 @@ class Stopwatch:
         now = time.perf_counter()
         self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._mark
         self._mark, self.current = now, name
-        self.num_switches += 1
+        self.num_signs += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +92,3 @@ class TimedGenerator:
             if completion is None:
                 return
             yield completion
-
-
-@dataclass(frozen=True, slots=True)
-class TimedReward:
-    """Time in the reward."""
-
-    reward: Reward
-    stopwatch: Stopwatch
-
-    def __call__(self, prompt: Prompt, response: str) -> Score:
-        with self.stopwatch.phase("reward"):
-            return self.reward(prompt, response)

@@ -92,7 +92,7 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
             seconds = time.monotonic() - guard.asked_at
             telemetry.say(f"stopped by {guard.asked_by}, saved after {seconds:.1f} s")
             return False
-        run.reward.tell_failures()
+        run.judge.tell_failures()
         run.checkpoints.finish()
         if mesh.rank == 0:
             shutil.rmtree(folder.kept, ignore_errors=True)
@@ -163,7 +163,7 @@ def meant(stats: dict[str, float], cfg: Config) -> dict[str, float]:
 
 def step_metrics(run: Run, groups: Sequence[Group], evaluated: Sums) -> dict[str, float]:
     """All replicas' rollouts, and this process's time and memory. The log names failed rewards."""
-    run.reward.tell_failures()
+    run.judge.tell_failures()
     sums = rollout_sums(groups, run.cfg) | evaluated
     metrics = of_replicas(sums, run.mesh)
     seconds = run.stopwatch.take()

@@ -16,9 +16,6 @@ import time
 import weakref
 from multiprocessing.connection import Connection, Pipe
 
-from megatron_srpo.extensions import find
-from megatron_srpo.protocols import Reward
-from megatron_srpo.rewards import REWARDS
 from megatron_srpo.rewards.verdict import RewardRaisedError
 from megatron_srpo.types import Prompt, Score
 
@@ -28,15 +25,6 @@ START_S = 120.0
 LOOK_S = 0.1
 """Seconds between looks at a process that says nothing. Its end closes the connection, unless a
 process that it forked holds it open."""
-
-
-def reward_named(name: str, *, timeout_s: float) -> Reward:
-    """One of the package's own, which only compare texts, or the user's in a process.
-
-    Raises `InputError` if there is no such reward; `timeout_s` is for one response.
-    """
-    found = find(name, REWARDS, key="reward")
-    return found if name in REWARDS else ProcessReward(name, timeout_s=timeout_s)
 
 
 class ProcessReward:

@@ -8,6 +8,10 @@ import traceback
 from megatron_srpo.types import Score
 
 
+class RewardError(RuntimeError):
+    """There will be no verdict on an item: the message names its prompt."""
+
+
 class RewardRaisedError(RuntimeError):
     """A reward in another process raised; the message is what `described` says of it.
 

@@ -28,6 +28,7 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
 from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import Group, Prompt, Sample, Score
@@ -39,7 +40,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "seed": ("seed=1",),
     "num_steps": ("num_steps=3", "optimizer.decay=linear"),
     "dtype": ("dtype=bfloat16",),
-    "data.train": ("data.train={folder}/held_out.jsonl",),
+    "data.train": ("data.train={folder}/others.jsonl",),
+    "data.template": ("data.template=Sum {prompt}", "data.max_prompt_tokens=20"),
+    "data.answer_format": (
+        "data.answer_format='1+'",
+        "data.template='{prompt}{answer_format}'",
+        "data.max_prompt_tokens=20",
+    ),
     "algorithm.resets": ("algorithm.resets=random",),
     "algorithm.num_prompts": ("algorithm.num_prompts=2",),
     "algorithm.num_rollouts": ("algorithm.num_rollouts=9",),
@@ -104,6 +111,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "retention.weight": ("retention.weight=1", "retention.data={folder}/demonstrations.jsonl"),
     "eval.num_prompts": ("eval.num_prompts=4",),
+    "eval.greedy": ("eval.greedy=true",),
+    "eval.num_seeds": ("eval.num_seeds=2",),
     "eval.temperature": ("eval.temperature=0.5",),
     "eval.num_samples": ("eval.num_samples=3",),
     "eval.pass_at": ("eval.pass_at=[1,2]", "eval.num_samples=3"),
@@ -112,8 +121,9 @@ ELSEWHERE = {
     # where things lie, how long a run is, what is written beside it: test_command_line.py
     "run_dir", "model", "eval.every", "log.wandb", "log.wandb_project", "log.tensorboard",
     "sft.run_dir", "sft.model", "sft.data", "sft.num_steps", "sft.batch_size",
-    # which data are read: tests/unit/test_data.py
-    "data.eval", "data.max_prompt_tokens", "data.long_prompts",
+    # which data are read, and how: tests/unit/test_data.py, test_held_out.py
+    "data.max_prompt_tokens", "data.long_prompts", "data.chat", "eval.sets.*.data",
+    "eval.sets.*.reward", "eval.sets.*.second_reward", "eval.sets.*.answer_format",
     # when the state is saved, and how: tests/parallel/test_resume.py, tests/unit/test_checkpoint_*
     "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
     "checkpoint.asynchronous",
@@ -157,7 +167,10 @@ class World:
 
     def roles(self, cfg: Config, inputs: Inputs) -> Roles:
         return Roles(
-            generator=self.engine, tokenizer=inputs.tokenizer, reward=graded, rule=inputs.rule
+            generator=self.engine,
+            tokenizer=inputs.tokenizer,
+            judge=RewardJudge(graded),
+            rule=inputs.rule,
         )
 
     def rollouts(self, cfg: Config) -> list[Group]:
@@ -191,7 +204,8 @@ class World:
 
     def evaluation(self, cfg: Config) -> dict[str, tuple[float, float]]:
         inputs = read_inputs(cfg, num_processes=1)
-        return held_out_sums(inputs.held_out, self.roles(cfg, inputs), cfg)
+        shares = [(held_out, RewardJudge(graded)) for held_out in inputs.sets]
+        return held_out_sums(shares, self.roles(cfg, inputs), cfg)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +214,8 @@ def world(
 ) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("choices")
     cfg = load_config(write_small_run(folder))
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "others.jsonl").write_text("\n".join(reversed(rows)))
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
     engines.append(engine)
     blank = World(folder=folder, mesh=mesh, engine=engine, journal=())
@@ -268,7 +284,7 @@ def test_the_same_config_twice_changes_nothing(world: World) -> None:
 
 
 def test_no_field_is_left_out() -> None:
-    sections = {name.rpartition(".")[0] for name in field_names() if "." in name}
+    sections = {name.rpartition(".")[0].removesuffix(".*") for name in field_names()}
     fields = {name for name in field_names() if name not in sections}
     shared = {name for name in fields if name.startswith("sft.optimizer.")}
     assert fields - shared == set(CHOICES) | ELSEWHERE

@@ -43,10 +43,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(config: Path) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
     """What one process says, and the responses that it writes."""
-    out = config.parent / "alone.jsonl"
+    out = config.parent / "alone"
     done = evaluated(config, "eval.num_samples=4", "--out", out, "eval.pass_at=[1,3]")
     assert done.returncode == 0, done.stderr
-    return done, [json.loads(line) for line in out.read_text().splitlines()]
+    return done, [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
 
 
 def test_standard_output_is_one_line_of_json_and_the_run_folder_is_left_alone(
@@ -66,8 +66,9 @@ def test_standard_output_is_one_line_of_json_and_the_run_folder_is_left_alone(
         "eval/held_out/truncated_rate",
         "eval/held_out/failure_rate",
     }
-    (summary,) = done.stderr.splitlines()
-    assert summary.startswith("held_out: 8 problems x 4   pass@1 0.")
+    header, row = done.stderr.splitlines()
+    assert header.split()[:5] == ["set", "problems", "responses", "pass@1", "pass@3"]
+    assert row.split()[:3] == ["held_out", "8", "32"]
     assert (config.parent / "run" / "metrics.jsonl").read_text() == "kept"
     assert [path.name for path in (config.parent / "run").iterdir()] == ["metrics.jsonl"]
 
@@ -100,12 +101,13 @@ def test_the_metrics_are_those_of_the_responses_that_were_written(
 def test_two_processes_say_and_write_what_one_does(
     config: Path, alone: tuple[subprocess.CompletedProcess[str], list[dict]]
 ) -> None:
-    out = config.parent / "two.jsonl"
+    out = config.parent / "two"
     options = (config, "eval.num_samples=4", "eval.pass_at=[1,3]", "--out", out)
     together = evaluated(*options, processes=2)
     assert together.returncode == 0, together.stderr
     assert together.stdout == alone[0].stdout
-    assert out.read_bytes() == (config.parent / "alone.jsonl").read_bytes()
+    for name in ("responses.jsonl", "table.json", "table.csv", "table.tex"):
+        assert (out / name).read_bytes() == (config.parent / "alone" / name).read_bytes()
     assert not list(config.parent.glob("*.partial"))
 
 
@@ -131,12 +133,14 @@ def test_more_processes_than_problems_still_evaluate_each_problem_once(config: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--out", "{folder}/config.yaml"), "config.yaml: exists already; name a new file"),
-        (("--out", "{folder}/no/file.jsonl"), "no is no folder that can be written to"),
+        (("--out", "{folder}/run"), "run: exists already; name a new folder"),
+        (("--out", "{folder}/config.yaml/out"), "config.yaml is no folder that can be written to"),
+        (("--ckpt", "{folder}/run"), "run: no checkpoint, or one not written to its end"),
         (("model=nowhere",), "nowhere: not a Hugging Face model folder"),
-        (("data.eval=nowhere.jsonl",), "nowhere.jsonl: no such data file"),
+        (("eval.sets.held_out.data=nowhere.jsonl",), "nowhere.jsonl: no such data file"),
         (("eval.pass_at=[2]",), "needs one k at least, none above num_samples=1"),
-        (("eval.num_samples=2", "eval.temperature=0"), "greedy responses would be the same"),
+        (("eval.temperature=0",), "eval.temperature=0: Input should be greater than 0"),
+        (("eval.sets.held_out.reward=bxed",), "bxed"),
         (("data.max_prompt_tokens=5",), "prompt 'held_out0' has 8 tokens"),
         (("rollout.kv_cache_bytes=1000",), "does not hold one sequence"),
     ],

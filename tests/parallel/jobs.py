@@ -25,7 +25,8 @@ from megatron_srpo.kernels.linear_logprob import linear_logprob
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.preflight import check_all_reduce
 from megatron_srpo.protocols import Generator
-from megatron_srpo.replica import LeaderReward, LeaderRule
+from megatron_srpo.replica import LeaderJudge, LeaderRule
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.types import (
     AlarmError,
     Batch,
@@ -198,7 +199,8 @@ def rewarded_by_rank(mesh: Mesh) -> float:
     def reward(prompt: Prompt, response: str) -> Score:
         return Score(value=float(mesh.rank), correct=False)
 
-    return LeaderReward(reward=reward, mesh=mesh)(PROMPT, "").value
+    (score,) = LeaderJudge(inner=RewardJudge(reward), mesh=mesh).judge([(PROMPT, "")])
+    return score.value
 
 
 def reward_raises(mesh: Mesh) -> str:
@@ -206,7 +208,7 @@ def reward_raises(mesh: Mesh) -> str:
         raise KeyError("no such answer")
 
     try:
-        LeaderReward(reward=reward, mesh=mesh)(PROMPT, "")
+        LeaderJudge(inner=RewardJudge(reward), mesh=mesh).judge([(PROMPT, "")])
     except AlarmError as alarm:
         return str(alarm)
     return "no alarm"
@@ -260,7 +262,7 @@ def reward_gives(mesh: Mesh, given: object) -> str:
         return given
 
     try:
-        score = LeaderReward(reward=reward, mesh=mesh)(PROMPT, "")
+        (score,) = LeaderJudge(inner=RewardJudge(reward), mesh=mesh).judge([(PROMPT, "")])
     except AlarmError as alarm:
         return str(alarm)
     return f"{type(score.value).__name__} {type(score.correct).__name__}"

@@ -16,6 +16,7 @@ from megatron_srpo.draws import Drawn
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.protocols import Generator
 from megatron_srpo.rewards import last_line
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.types import AlarmError, Group, Prompt, Reset, Rollout, Sample, Score
 from tests.unit.builders import (
@@ -227,7 +228,8 @@ class Confused:
 
 
 def test_a_rule_that_answers_for_another_rollout_is_refused():
-    roles = Roles(generator=scripted(NAMED), tokenizer=TOKENIZER, reward=last_line, rule=Confused())
+    judge = RewardJudge(last_line)
+    roles = Roles(generator=scripted(NAMED), tokenizer=TOKENIZER, judge=judge, rule=Confused())
     with pytest.raises(AlarmError, match=r"the reset rule answered for \['another'\]"):
         collect_groups([prompt()], step=0, roles=roles, cfg=config())
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron_srpo.config import Config
 from megatron_srpo.engines.fake import FakeGenerator
-from megatron_srpo.evaluate import Attempt, attempt_sums, chance_at, evaluate, pass_at
+from megatron_srpo.evaluate import Attempt, HeldOut, attempt_sums, chance_at, evaluate, pass_at
 from megatron_srpo.metrics import combine
 from megatron_srpo.protocols import Reward
 from megatron_srpo.rewards import last_line
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import Prompt, Score
 from tests.unit.builders import TOKENIZER, config, prompt
 
+SETS = {"sets": {"held_out": {"data": "held_out.jsonl"}}}
+
 
 def attempts(verdicts: str, *, id: str = "p", **fields: Any) -> list[Attempt]:
     """One per letter: + right, - wrong, ? the reward failed."""
-    known: dict[str, Any] = {"text": "", "num_tokens": 3, "finish_reason": "stop"} | fields
+    known: dict[str, Any] = {"text": "", "num_tokens": 3, "finish_reason": "stop", "seed": 0}
     return [
         Attempt(
+            set="held_out",
             prompt_id=id,
             index=index,
             score=Score(
@@ -29,7 +36,7 @@ def attempts(verdicts: str, *, id: str = "p", **fields: Any) -> list[Attempt]:
                 correct=verdict == "+",
                 failure="broken" if verdict == "?" else None,
             ),
-            **known,
+            **known | fields,
         )
         for index, verdict in enumerate(verdicts)
     ]
@@ -37,15 +44,16 @@ def attempts(verdicts: str, *, id: str = "p", **fields: Any) -> list[Attempt]:
 
 def answering(*prompts: Prompt, reward: Reward = last_line, **eval: Any) -> list[Attempt]:
     """Of an engine that answers 0 or 1, as a request's own random numbers say."""
-    return evaluate(
-        prompts,
-        generator=FakeGenerator(
-            lambda context, rng: "x" * rng.randrange(9) + f"\n{rng.choice('01')}"
-        ),
-        tokenizer=TOKENIZER,
-        reward=reward,
-        cfg=config(eval=eval),
-    )
+    generator = FakeGenerator(lambda context, rng: "x" * rng.randrange(9) + f"\n{rng.choice('01')}")
+    return measured(prompts, generator, config(eval=SETS | eval), reward)
+
+
+def measured(
+    prompts: Sequence[Prompt], generator: FakeGenerator, cfg: Config, reward: Reward = last_line
+) -> list[Attempt]:
+    judge = RewardJudge(reward)
+    held_out = HeldOut(name="held_out", prompts=prompts, judge=judge)
+    return evaluate(held_out, generator=generator, tokenizer=TOKENIZER, judge=judge, cfg=cfg)
 
 
 def test_pass_at_k_is_the_share_of_all_choices_of_k_responses_that_hold_a_right_one():
@@ -64,7 +72,7 @@ def test_pass_at_k_is_that_of_the_estimator_written_out_by_hand():
 
 
 def test_problems_weigh_alike_and_replicas_add_up():
-    cfg = config(eval={"num_samples": 4, "pass_at": [1, 2]})
+    cfg = config(eval=SETS | {"num_samples": 4, "pass_at": [1, 2]})
     one, two = attempts("+---", id="one"), attempts("++--", id="two")
     three = attempts("++++", id="three", num_tokens=9, finish_reason="length")
     alone = combine([attempt_sums([*one, *two, *three], cfg)])
@@ -82,7 +90,7 @@ def test_problems_weigh_alike_and_replicas_add_up():
 
 
 def test_a_response_whose_reward_failed_is_counted_and_is_not_a_wrong_one():
-    cfg = config(eval={"num_samples": 4, "pass_at": [1, 4]})
+    cfg = config(eval=SETS | {"num_samples": 4, "pass_at": [1, 4]})
     sums = attempt_sums([*attempts("+-??", id="a"), *attempts("+---", id="b")], cfg)
     assert sums["eval/held_out/failure_rate"] == (2, 8)
     assert sums["eval/held_out/pass_at_1"] == (1 / 2 + 1 / 4, 2)
@@ -91,7 +99,7 @@ def test_a_response_whose_reward_failed_is_counted_and_is_not_a_wrong_one():
 
 def test_where_no_problem_has_a_verdict_there_is_no_pass_at_k_rather_than_a_zero():
     metrics = combine([attempt_sums(attempts("?"), config())])
-    assert pass_at(1, attempts("?")) == []
+    assert pass_at(1, attempts("?")) == {}
     assert metrics["eval/held_out/failure_rate"] == 1.0
     assert "eval/held_out/pass_at_1" not in metrics
 
@@ -119,9 +127,9 @@ def test_the_requests_are_what_the_config_says():
     cfg = config(
         seed=5,
         rollout={"top_p": 0.9, "max_response_tokens": 20},
-        eval={"temperature": 0.6, "num_samples": 2},
+        eval=SETS | {"temperature": 0.6, "num_samples": 2},
     )
-    evaluate([prompt("2=")], generator=generator, tokenizer=TOKENIZER, reward=last_line, cfg=cfg)
+    measured([prompt("2=")], generator, cfg)
     ((first, second),) = generator.seen
     assert (first.purpose, first.max_tokens, first.temperature, first.top_p) == (
         "eval",
@@ -130,15 +138,51 @@ def test_the_requests_are_what_the_config_says():
         0.9,
     )
     assert first.context.tolist() == TOKENIZER.encode("2=").tolist()
-    assert first.seed == counter_seed(5, "eval", "p", 0)
-    assert second.seed == counter_seed(5, "eval", "p", 1)
+    assert first.seed == counter_seed(5, "eval", "p", 0, 0)
+    assert second.seed == counter_seed(5, "eval", "p", 0, 1)
 
 
 def test_a_response_that_was_cut_is_told_from_one_that_ended():
     generator = FakeGenerator(lambda context, rng: "1" * rng.randrange(5, 40))
-    cfg = config(eval={"num_samples": 30})
-    done = evaluate([prompt()], generator=generator, tokenizer=TOKENIZER, reward=last_line, cfg=cfg)
+    cfg = config(eval=SETS | {"num_samples": 30})
+    done = measured([prompt()], generator, cfg)
     cut = [attempt for attempt in done if attempt.finish_reason == "length"]
     assert cut and all(attempt.num_tokens == 24 for attempt in cut)
     assert all(attempt.num_tokens < 25 for attempt in done)
     assert attempt_sums(done, cfg)["eval/held_out/truncated_rate"] == (len(cut), 30)
+
+
+def test_greedy_responses_come_beside_the_sampled_ones_and_seeds_draw_anew():
+    generator = FakeGenerator(lambda context, rng: f"{rng.random()}\n1")
+    cfg = config(eval=SETS | {"greedy": True, "num_samples": 2, "num_seeds": 2, "temperature": 0.7})
+    done = measured([prompt(id="a"), prompt(id="b")], generator, cfg)
+    assert [(a.prompt_id, a.seed, a.index) for a in done] == [
+        (id, seed, index)
+        for id in "ab"
+        for seed, index in ((None, 0), (0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    (requests,) = generator.seen
+    assert [r.temperature for r in requests] == [0.0, 0.7, 0.7, 0.7, 0.7] * 2
+    sampled = [attempt.text for attempt in done if attempt.seed is not None]
+    assert len(set(sampled)) == 8
+    one_seed = config(eval=SETS | {"num_samples": 2})
+    again = measured([prompt(id="b")], generator, one_seed)
+    assert [a.text for a in again] == [a.text for a in done if a.prompt_id == "b" and a.seed == 0]
+
+
+def test_greedy_responses_have_a_rate_of_their_own():
+    cfg = config(eval=SETS | {"greedy": True, "num_samples": 2})
+    sums = attempt_sums([*attempts("+", seed=None), *attempts("--"), *attempts("+-", seed=1)], cfg)
+    assert sums["eval/held_out/greedy"] == (1.0, 1)
+    assert sums["eval/held_out/pass_at_1"] == (0.5, 2)
+    only = config(eval=SETS | {"greedy": True, "num_samples": 0})
+    assert "eval/held_out/pass_at_1" not in attempt_sums(attempts("+", seed=None), only)
+
+
+def test_sets_are_told_apart_by_their_name():
+    sets = {"sets": {"held_out": {"data": "a.jsonl"}, "other": {"data": "b.jsonl"}}}
+    done = attempts("+-", id="same")
+    others = [replace(attempt, set="other") for attempt in attempts("++", id="same")]
+    sums = attempt_sums([*done, *others], config(eval=sets))
+    assert sums["eval/held_out/pass_at_1"] == (0.5, 1)
+    assert sums["eval/other/pass_at_1"] == (1.0, 1)

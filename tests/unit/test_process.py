@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from megatron_srpo.rewards import REWARDS, process
-from megatron_srpo.rewards.process import ProcessReward, StartError, reward_named
+from megatron_srpo.rewards.judge import judge_named
+from megatron_srpo.rewards.process import ProcessReward, StartError
 from megatron_srpo.rewards.verdict import RewardRaisedError, checked
 from megatron_srpo.types import InputError, Prompt, Score
 
@@ -133,10 +134,10 @@ def test_a_reward_of_the_user_s_is_asked_in_another_process_that_stays(ask) -> N
 
 
 def test_the_package_s_own_rewards_stay_in_the_process(folder: Path) -> None:
-    assert reward_named("boxed", timeout_s=1) is REWARDS["boxed"]
-    assert isinstance(reward_named(named(folder), timeout_s=1), ProcessReward)
+    assert judge_named("boxed", timeout_s=1).reward is REWARDS["boxed"]
+    assert isinstance(judge_named(named(folder), timeout_s=1).reward, ProcessReward)
     with pytest.raises(InputError, match=r"must be one of last_line, boxed, or FILE\.py:NAME"):
-        reward_named("vibes", timeout_s=1)
+        judge_named("vibes", timeout_s=1)
 
 
 @pytest.mark.parametrize(

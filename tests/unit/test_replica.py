@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.replica import MOST_LINES, LeaderReward
+from megatron_srpo.replica import MOST_LINES, LeaderJudge
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.rewards.process import ProcessReward
 from megatron_srpo.types import AlarmError, Prompt, Score
 
@@ -31,10 +32,11 @@ def test_a_reward_that_raises_in_its_process_is_an_alarm_with_that_process_s_tra
 ):
     (tmp_path / "reward_that_raises.py").write_text(FILE)
     inner = ProcessReward(f"{tmp_path}/reward_that_raises.py:reward", timeout_s=20)
-    reward = LeaderReward(reward=inner, mesh=mesh)
-    assert reward(prompt(), "right").correct
+    judge = LeaderJudge(inner=RewardJudge(inner), mesh=mesh)
+    (score,) = judge.judge([(prompt(), "right")])
+    assert score.correct
     with pytest.raises(AlarmError) as alarm:
-        reward(prompt(), "wrong")
+        judge.judge([(prompt(), "wrong")])
     assert str(alarm.value) == "the reward of prompt 'p' raised KeyError: 'wrong'"
     logged = "".join(traceback.format_exception(alarm.value))
     assert 'return Score(value={"right": 1.0}[response], correct=True)' in logged
@@ -46,13 +48,12 @@ def test_rewards_that_failed_are_told_once_the_first_so_many_by_name(
     def failing(prompt: Prompt, response: str) -> Score:
         return Score(value=0.0, correct=False, failure=response or None)
 
-    reward = LeaderReward(reward=failing, mesh=mesh)
-    for number in range(MOST_LINES + 2):
-        reward(prompt(f"p{number}"), "broken")
-    reward(prompt("well"), "")
+    judge = LeaderJudge(inner=RewardJudge(failing), mesh=mesh)
+    judge.judge((prompt(f"p{number}"), "broken") for number in range(MOST_LINES + 2))
+    judge.judge([(prompt("well"), "")])
     with caplog.at_level(logging.WARNING):
-        reward.tell_failures()
-        reward.tell_failures()
+        judge.tell_failures()
+        judge.tell_failures()
     told = [record.getMessage() for record in caplog.records]
     assert told[0] == "the reward of prompt 'p0' failed: broken"
     assert len(told) == MOST_LINES + 1

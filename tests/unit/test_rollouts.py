@@ -14,6 +14,7 @@ from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.resets import RULES
 from megatron_srpo.rewards import last_line
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.rollouts import Roles, roll_out
 from megatron_srpo.types import Completion, Prompt, Request, Score, Start
 from tests.unit.builders import (
@@ -136,7 +137,8 @@ class Recorder:
 def test_a_response_is_scored_before_the_next_one_is_waited_for():
     recorder, cfg = Recorder(), config()
     rule = RULES["self"](cfg, TOKENIZER)
-    roles = Roles(generator=recorder, tokenizer=TOKENIZER, reward=recorder.reward, rule=rule)
+    judge = RewardJudge(recorder.reward)
+    roles = Roles(generator=recorder, tokenizer=TOKENIZER, judge=judge, rule=rule)
     starts = [Start(prompt=prompt(), stage="base", index=index) for index in range(3)]
     roll_out(starts, name="0", roles=roles, cfg=cfg)
     assert recorder.events == ["generated", "scored"] * 3
@@ -169,7 +171,8 @@ def test_no_stage_changes_what_it_was_given():
     cfg = config()
     rule = RULES["self"](cfg, TOKENIZER)
     generator = scripted(NAMED)
-    roles = Roles(generator=generator, tokenizer=TOKENIZER, reward=last_line, rule=rule)
+    judge = RewardJudge(last_line)
+    roles = Roles(generator=generator, tokenizer=TOKENIZER, judge=judge, rule=rule)
     (sample, *_) = samples_of(collect_groups([prompt()], step=0, roles=roles, cfg=cfg))
     for array in (sample.token_ids, sample.loss_weight, sample.advantage, sample.logprob):
         with pytest.raises(ValueError, match="read-only"):

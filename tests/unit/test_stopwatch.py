@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_srpo.engines.fake import FakeGenerator
-from megatron_srpo.stopwatch import PHASE_OF, Stopwatch, TimedGenerator, TimedReward
-from megatron_srpo.types import Completion, Prompt, Purpose, Request, Score
-from tests.unit.builders import prompt
+from megatron_srpo.stopwatch import PHASE_OF, Stopwatch, TimedGenerator
+from megatron_srpo.types import Completion, Purpose, Request
 
 
 class Clock:
@@ -151,15 +150,12 @@ def test_a_timed_generator_gives_what_its_engine_gives(clock: Clock):
     assert len(plain.seen) == 1  # the engine is not asked for nothing
 
 
-def test_time_in_the_reward_is_counted_apart_from_the_engines(clock: Clock):
-    def slow(prompt: Prompt, response: str) -> Score:
-        clock.passes(7)
-        return Score(value=0.5, correct=False)
-
+def test_time_in_which_items_come_is_the_outer_phase_s(clock: Clock):
     watch = stopwatch()
-    timed = TimedGenerator(SlowGenerator(clock), watch)
-    reward = TimedReward(slow, watch)
-    scores = [reward(prompt(), "x") for _ in timed.generate([request("base")])]
-    assert scores == [Score(value=0.5, correct=False)]
+    with watch.phase("outer"):
+        drawn = watch.drawn(TimedGenerator(SlowGenerator(clock), watch).generate([request("base")]))
+        with watch.phase("reward"):
+            for _ in drawn:
+                clock.passes(7)
     taken = watch.take()
-    assert (taken["time/generate_s"], taken["time/reward_s"]) == (5, 7)
+    assert (taken["time/generate_s"], taken["time/reward_s"], taken["time/outer_s"]) == (5, 7, 0)
