@@ -166,14 +166,33 @@ def parity(prompt, response):
 """
 
 
-def test_evaluating_the_exported_folder_says_what_the_run_s_last_line_says(folder: Path) -> None:
+def test_evaluating_the_exported_folder_or_the_checkpoint_says_what_the_run_s_last_line_says(
+    folder: Path,
+) -> None:
     (folder / "parity.py").write_text(PARITY)
     run = folder / "evaluated"
-    shared = ("eval.num_samples=8", "eval.pass_at=[1,2]", f"reward={folder}/parity.py:parity")
+    shared = (
+        "eval.num_samples=8",
+        "eval.pass_at=[1,2]",
+        "eval.greedy=true",
+        "eval.num_seeds=2",
+        f"reward={folder}/parity.py:parity",
+    )
     arguments = (folder / "config.yaml", *from_warm_start(folder), *shared)
-    finish(start("train", *arguments, "num_steps=1", f"run_dir={run}"))
-    lines = finish(start("eval", *arguments, f"model={run / 'hf'}")).splitlines()
+    finish(start("train", *arguments, "num_steps=1", f"run_dir={run}", "checkpoint.every=1"))
+    results = folder / "of_folder", folder / "of_checkpoint"
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    asked = ("eval", *arguments)
+    lines = finish(start(*asked, f"model={run / 'hf'}", "--out", results[0])).splitlines()
     (said,) = (json.loads(line) for line in lines if line.startswith("{"))
+    finish(start(*asked, "model=nowhere", "--ckpt", checkpoint, "--out", results[1]))
+    assert [*(run / "checkpoints").iterdir()] == [checkpoint]
+    for name in ("responses.jsonl", "table.json"):
+        assert (results[0] / name).read_bytes() == (results[1] / name).read_bytes()
+    compared = finish(start("compare", *results))
+    rows = [line.split() for line in compared.splitlines()[2:]]
+    assert [row[:-4] for row in rows] == [["held_out", "greedy", "7"], ["sampled", "8"]]
+    assert all(row[-4:] == [row[-4], "0.0000", "0.0000", "0.0000"] for row in rows)
     before, after = (
         {name.rpartition("/")[2]: v for name, v in line.items() if name.startswith("eval/")}
         for line in metrics(run)
@@ -181,7 +200,7 @@ def test_evaluating_the_exported_folder_says_what_the_run_s_last_line_says(folde
     assert after == {name: said[f"eval/held_out/{name}"] for name in after}
     assert before.keys() == after.keys() and before != after
     assert 0 < after["pass_at_1"] < after["pass_at_2"] < 1
-    assert after["failure_rate"] > 0
+    assert after["failure_rate"] > 0 and "greedy" in after
     log = (run / "log.txt").read_text()
     assert "the reward of prompt 'train0' failed: ends with a seven" in log
     died = "the reward of prompt 'held_out7' failed: its process ended with exit code 7, twice"

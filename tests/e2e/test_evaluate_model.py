@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_srpo.__main__ import main
 from tests.e2e.small_run import write_small_run
 from tests.e2e.test_command_line import refused
 from tests.launch import unlaunched_environment
@@ -151,6 +152,15 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     code, output = refused("eval", config, *(w.format(folder=config.parent) for w in arguments))
     assert code == 2, output
     assert message in output and len(output.splitlines()) == 1
+
+
+def test_a_prompt_is_shown_as_the_policy_sees_it(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "data.template='{prompt}{answer_format}'", "data.answer_format='1+'"
+    assert main(["eval", str(config), *template, "--show", "2"]) == 0
+    question = json.loads((config.parent / "held_out.jsonl").read_text().splitlines()[1])["prompt"]
+    assert capsys.readouterr().out == f"--- held_out: held_out1, 10 tokens\n{question}1+\n"
 
 
 def test_a_model_whose_weights_are_cut_off_is_refused(tmp_path: Path) -> None:
