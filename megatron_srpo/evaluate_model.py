@@ -85,8 +85,8 @@ def _tell(
     failed = {
         f"{a.set}/{a.prompt_id}": a.score.failure for a in attempts if a.score.failure is not None
     }
-    for problem, failure in [*failed.items()][:MOST_LINES]:
-        print(f"the reward of {problem!r} failed: {failure}", file=sys.stderr)
+    for (name, id), failure in [*failed.items()][:MOST_LINES]:
+        print(f"{name}: the reward of prompt {id!r} failed: {failure}", file=sys.stderr)
     print(shown(found).to_string(index=False), file=sys.stderr)
     if num_dropped:
         print(

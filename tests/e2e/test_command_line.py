@@ -204,7 +204,7 @@ def test_evaluating_the_exported_folder_or_the_checkpoint_says_what_the_run_s_la
     log = (run / "log.txt").read_text()
     assert "the reward of prompt 'train0' failed: ends with a seven" in log
     died = "the reward of prompt 'held_out7' failed: its process ended with exit code 7, twice"
-    assert died in log and died in lines
+    assert died in log and f"held_out: {died}" in lines
 
 
 def test_wandb_offline_and_tensorboard_are_written_when_asked_for(folder: Path) -> None:
