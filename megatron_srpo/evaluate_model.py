@@ -83,7 +83,7 @@ def _tell(
     attempts: Sequence[Attempt], found: pd.DataFrame, *, num_dropped: int, cfg: Config
 ) -> None:
     failed = {
-        f"{a.set}/{a.prompt_id}": a.score.failure for a in attempts if a.score.failure is not None
+        (a.set, a.prompt_id): a.score.failure for a in attempts if a.score.failure is not None
     }
     for (name, id), failure in [*failed.items()][:MOST_LINES]:
         print(f"{name}: the reward of prompt {id!r} failed: {failure}", file=sys.stderr)
