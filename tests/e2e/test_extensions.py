@@ -112,6 +112,7 @@ def test_the_papers_preset_trains_on_a_toy_task(tmp_path: Path) -> None:
         "data.train": tmp_path / "train.jsonl",
         "eval.sets.olympiads.data": tmp_path / "held_out.jsonl",
         "data.max_prompt_tokens": 16,
+        "data.template": "'{prompt}'",
         "reward": "last_line",
         "dtype": "float32",
         "num_steps": 2,
