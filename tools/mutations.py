@@ -1637,7 +1637,7 @@ MUTATIONS = (
         "if len(answer) > MAX_SHORT:", "if not answer:",
         "a derivation is compared as text"),
     Mutation("public-tests-only", "../tools/prepare/code_sets.py",
-        '*_tests(_unpacked(text_of(row, "private_test_cases")), "private_test_cases")', "",
+        '*_tests(_unpacked(text_of(row, "private_test_cases")), "private_test_cases")', "*()",
         "a program is judged by the tests that its question shows"),
     Mutation("starter-left-out", "../tools/prepare/code_sets.py",
         'if starter := str(row["starter_code"] or "").rstrip():', "if starter := \"\":",
