@@ -72,7 +72,8 @@ def test_words_units_pieces_and_long_expressions_are_not(answer: str):
     assert not is_verifiable(answer)
 
 
-def test_the_fifth_level_comes_from_all_subjects(prepare: Command, tmp_path: Path):
+@pytest.mark.parametrize("file", ["{}/{}-00000-of-00001.parquet", "{}/{}/0000.parquet"])
+def test_the_fifth_level_comes_from_all_subjects(prepare: Command, tmp_path: Path, file: str):
     for subject, level in (("algebra", 5), ("geometry", 5), ("prealgebra", 4)):
         for part in ("train", "test"):
             row = {
@@ -81,7 +82,7 @@ def test_the_fifth_level_comes_from_all_subjects(prepare: Command, tmp_path: Pat
                 "type": subject.title(),
                 "solution": rf"So \boxed{{{part}\frac{{1}}{{2}}}}.",
             }
-            write_rows(tmp_path / f"hub/{subject}/{part}-00000-of-00001.parquet", [row])
+            write_rows(tmp_path / "hub" / file.format(subject, part), [row])
     line = prepare("math-level5", "--from", tmp_path / "hub")
     for part in ("train", "test"):
         expected = {f"{s} {part}": rf"{part}\frac{{1}}{{2}}" for s in ("algebra", "geometry")}

@@ -65,7 +65,10 @@ SETS = {
     ),
     "math-level5": Problems(
         hub="EleutherAI/hendrycks_math",
-        sources={"train": ("train-*.parquet",), "test": ("test-*.parquet",)},
+        sources={
+            "train": ("train-*.parquet", "train/*.parquet"),
+            "test": ("test-*.parquet", "test/*.parquet"),
+        },
         columns=("problem", "level", "solution"),
         item=level_5,
         reward="math_verify",
