@@ -3,11 +3,11 @@
     python tools/mutate.py [--only NAME] [--jobs N]
 
 Each mutation (`mutations.py`) is a mistake that somebody could make: an exact piece of source, what
-stands there instead, and what is wrong then. Package and unit tests are copied to a temporary
-folder, one mutation is applied at a time, and the tests that mirror its file are run, then those of
-the whole algorithm. Tests that are red without any mutation are named and left out. Exit code 1 if
-fewer than 90 % are caught, or if a piece of source is not found exactly once (the source has moved
-on: mend the list).
+stands there instead, and what is wrong then. Package, tools and unit tests are copied to a
+temporary folder, one mutation is applied at a time, and the tests that mirror its file are run,
+then those of the whole algorithm. Tests that are red without any mutation are named and left out.
+Exit code 1 if fewer than 90 % are caught, or if a piece of source is not found exactly once (the
+source has moved on: mend the list).
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class Outcome:
 
 
 def copy_project(folder: Path) -> Path:
-    """Package and unit tests, nothing else."""
+    """Package, tools and unit tests, and the docs that a test compares with."""
     skipped = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tools", folder / "tools", ignore=skipped)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copytree(ROOT / "megatron_srpo", folder / "megatron_srpo", ignore=skipped)
     shutil.copytree(ROOT / "tests" / "unit", folder / "tests" / "unit", ignore=skipped)
     for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/tiny.py"):
@@ -64,6 +66,8 @@ def tests_of(file: str) -> list[str]:
         names += ["families", "convert"]
     if file.startswith("rewards/"):
         names += ["process"]
+    if file.startswith("../tools/prepare"):
+        names = ["prepare_data", "prepare_sets"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]
     return [path for path in paths if (ROOT / path).is_file()]
 

@@ -1,0 +1,1 @@
+"""Public sets of problems -> the project's JSONL (`prepare_data.py`)."""
