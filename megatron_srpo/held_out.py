@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from megatron_srpo.config import Config, EvalSet
@@ -51,4 +52,4 @@ def check_disjoint(prompts: Sequence[Prompt], sets: Sequence[HeldOut], cfg: Conf
 
 
 def _question(prompt: Prompt) -> str:
-    return " ".join(prompt.text.casefold().split())
+    return "".join(unicodedata.normalize("NFC", prompt.text).casefold().split())
