@@ -97,6 +97,13 @@ def attempt_sums(attempts: Sequence[Attempt], cfg: Config) -> Sums:
         "truncated_rate": (num_cut, len(attempts)),
         "failure_rate": (num_failed, len(attempts)),
     }
+    compared = [
+        score.second_opinion == score.correct
+        for score in (attempt.score for attempt in attempts)
+        if score.failure is None and score.second_opinion is not None
+    ]
+    if compared:
+        sums["agreement"] = (sum(compared), len(compared))
     for k in cfg.eval.pass_at:
         if chances := pass_at(k, attempts):
             sums[f"pass_at_{k}"] = (sum(chances), len(chances))

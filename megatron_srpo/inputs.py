@@ -86,7 +86,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     _check_rollouts(cfg, prompts, RunFolder(cfg.run_dir), progress.journalled)
     return Inputs(
         tokenizer=tokenizer,
-        judge=judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
+        judge=_judge(cfg),
         rule=build(cfg.algorithm.resets, RULES, ResetRule, cfg, tokenizer, key="algorithm.resets"),
         credit=build(cfg.credit.rule, CREDITS, CreditRule, cfg, key="credit.rule"),
         prompts=prompts,
@@ -110,9 +110,18 @@ def read_eval_inputs(cfg: Config, *, num_processes: int, out: Path | None = None
     held_out, dropped = _read_prompts(cfg.data.eval, tokenizer, cfg)
     return EvalInputs(
         tokenizer=tokenizer,
-        judge=judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s),
+        judge=_judge(cfg),
         held_out=held_out[: cfg.eval.num_prompts],
         dropped=dropped,
+    )
+
+
+def _judge(cfg: Config) -> RewardJudge:
+    return judge_named(
+        cfg.reward,
+        second=cfg.second_reward,
+        timeout_s=cfg.reward_timeout_s,
+        num_workers=cfg.reward_workers,
     )
 
 

@@ -28,7 +28,7 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
 from megatron_srpo.pack_layout import PackLayout
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import Group, Prompt, Sample, Score
@@ -127,8 +127,9 @@ ELSEWHERE = {
     "kernels.head",
     # when a run that shows no sign of life ends: tests/unit/test_watchdog.py
     *(f"deadlines.{name}" for name in DeadlineConfig.model_fields),
-    # when a reward is given up, which changes none that answers: tests/unit/test_process.py
-    "reward_timeout_s",
+    # when a reward is given up, which changes none that answers, how many are asked at once, and
+    # a metric: tests/unit/test_process.py, test_workers.py
+    "reward_timeout_s", "reward_workers", "second_reward",
     # an alarm: test_faults.py; parts of the user's: test_extensions.py; tests/unit/test_localize.py
     "max_logprob_diff", "reward", "credit.rule", "localize.chat",
 }  # fmt: skip
@@ -160,7 +161,7 @@ class World:
         return Roles(
             generator=self.engine,
             tokenizer=inputs.tokenizer,
-            judge=RewardJudge(graded),
+            judge=in_place(graded),
             rule=inputs.rule,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,13 @@ from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.evaluate import Attempt, attempt_sums, chance_at, evaluate, pass_at
 from megatron_srpo.metrics import combine
 from megatron_srpo.protocols import Reward
-from megatron_srpo.rewards import last_line
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.exact import last_line
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import Prompt, Score
 from tests.unit.builders import TOKENIZER, config, prompt
 
-JUDGE = RewardJudge(last_line)
+JUDGE = in_place(last_line)
 
 
 def attempts(verdicts: str, *, id: str = "p", **fields: Any) -> list[Attempt]:
@@ -46,7 +47,7 @@ def answering(*prompts: Prompt, reward: Reward = last_line, **eval: Any) -> list
             lambda context, rng: "x" * rng.randrange(9) + f"\n{rng.choice('01')}"
         ),
         tokenizer=TOKENIZER,
-        judge=RewardJudge(reward),
+        judge=in_place(reward),
         cfg=config(eval=eval),
     )
 
@@ -90,6 +91,16 @@ def test_a_response_whose_reward_failed_is_counted_and_is_not_a_wrong_one():
     assert sums["eval/eval/failure_rate"] == (2, 8)
     assert sums["eval/eval/pass_at_1"] == (1 / 2 + 1 / 4, 2)
     assert sums["eval/eval/pass_at_4"] == (1.0, 1)  # the other problem has only two verdicts
+
+
+def test_agreement_is_the_share_of_responses_with_two_verdicts_that_are_the_same():
+    cfg, seconds = config(), [True, True, None, True, False]
+    done = [
+        replace(attempt, score=replace(attempt.score, second_opinion=second))
+        for attempt, second in zip(attempts("+--?-"), seconds, strict=True)
+    ]
+    assert attempt_sums(done, cfg)["eval/eval/agreement"] == (2, 3)
+    assert "eval/eval/agreement" not in attempt_sums(attempts("+-"), cfg)
 
 
 def test_where_no_problem_has_a_verdict_there_is_no_pass_at_k_rather_than_a_zero():
