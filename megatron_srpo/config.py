@@ -321,8 +321,9 @@ class DeadlineConfig(Section):
     generate_s: Positive = 1800
     """In the rollout engine."""
     reward_s: Positive = 1800
+    """While the loop waits for verdicts: the end of any attempt is a sign of life."""
     wait_s: Positive = 14400
-    """For other rollout engines, whose own deadline is `generate_s`."""
+    """For other rollout engines and their rewards, which have deadlines of their own."""
     train_s: Positive = 1800
     sync_s: Positive = 1800
     save_s: Positive = 1800
@@ -368,10 +369,14 @@ class Config(Section):
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
     reward: str = "boxed"
     """last_line, boxed: where the response's answer stands, to be compared with `answer` as text;
-    or your own reward, FILE.py:FUNCTION, which runs in a process of its own."""
+    or your own reward, FILE.py:FUNCTION, which runs in processes of its own."""
+    second_reward: str | None = None
+    """Is asked about every response, too: how often both agree is a metric, and nothing else."""
+    reward_workers: Count = 8
+    """Processes of one reward and rollout engine at most. They start when all others are busy."""
     reward_timeout_s: Positive = 60.0
-    """For one response, in seconds. A reward of yours that takes longer, or whose process dies, is
-    asked once more; then the response has no verdict."""
+    """For one response, in seconds. A reward in processes that takes longer, or whose process dies,
+    is asked once more; then the response has no verdict."""
     data: DataConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     thoughts: ThoughtConfig = ThoughtConfig()
@@ -425,10 +430,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _a_reward_is_given_up_before_the_run(self) -> Config:
-        if 2 * self.reward_timeout_s >= self.deadlines.reward_s:
+        if self.reward_timeout_s >= self.deadlines.reward_s:
             raise ValueError(
-                f"deadlines.reward_s={self.deadlines.reward_s:g} must be longer than two attempts "
-                f"of reward_timeout_s={self.reward_timeout_s:g}"
+                f"deadlines.reward_s={self.deadlines.reward_s:g} must be longer than one attempt, "
+                f"reward_timeout_s={self.reward_timeout_s:g}"
             )
         return self
 

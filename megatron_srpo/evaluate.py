@@ -142,6 +142,18 @@ def _set_sums(attempts: Sequence[Attempt], cfg: Config) -> Sums:
         "truncated_rate": (num_cut, len(attempts)),
         "failure_rate": (num_failed, len(attempts)),
     }
+    compared = [
+        score
+        for score in (attempt.score for attempt in attempts)
+        if score.failure is None and score.second_opinion is not None
+    ]
+    if compared:
+        agreed = sum(score.second_opinion == score.correct for score in compared)
+        sums["agreement"] = (agreed, len(compared))
+        sums["second_opinion_rate"] = (
+            sum(s.second_opinion is True for s in compared),
+            len(compared),
+        )
     for name, chances in all_chances(attempts, cfg).items():
         if chances:
             sums[name] = (sum(chances.values()), len(chances))

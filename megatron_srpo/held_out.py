@@ -13,6 +13,13 @@ from megatron_srpo.rewards.judge import RewardJudge, judge_named
 from megatron_srpo.types import InputError, Prompt
 
 
+def judge_of(cfg: Config, reward: str, second: str | None) -> RewardJudge:
+    """Of the rewards of these names, as the config has them run."""
+    return judge_named(
+        reward, second=second, timeout_s=cfg.reward_timeout_s, num_workers=cfg.reward_workers
+    )
+
+
 def read_held_out(
     cfg: Config, tokenizer: Tokenizer, judge: RewardJudge
 ) -> tuple[list[HeldOut], list[str]]:
@@ -32,7 +39,7 @@ def _read_set(
         long_prompts=cfg.data.long_prompts,
     )
     if each.reward is not None:
-        judge = judge_named(each.reward, timeout_s=cfg.reward_timeout_s)
+        judge = judge_of(cfg, each.reward, each.second_reward)
     return HeldOut(name=name, prompts=prompts[: cfg.eval.num_prompts], judge=judge), too_long
 
 

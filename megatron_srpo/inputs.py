@@ -18,14 +18,14 @@ from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.engines.megatron.names import padded_size
 from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.extensions import build
-from megatron_srpo.held_out import check_disjoint, read_held_out
+from megatron_srpo.held_out import check_disjoint, judge_of, read_held_out
 from megatron_srpo.hf_config import completed_config, head_size, num_experts, num_kv_heads
 from megatron_srpo.hf_folder import tensor_shapes, weight_files
 from megatron_srpo.journal import check_replay
 from megatron_srpo.protocols import CreditRule, ResetRule
 from megatron_srpo.resets import RULES
 from megatron_srpo.resume import Progress, progress_of
-from megatron_srpo.rewards.judge import RewardJudge, judge_named
+from megatron_srpo.rewards.judge import RewardJudge
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.staging import check_free
@@ -74,7 +74,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
-    judge = judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s)
+    judge = judge_of(cfg, cfg.reward, cfg.second_reward)
     prompts, dropped = read_prompts(
         cfg.data.train,
         tokenizer,
@@ -121,7 +121,7 @@ def read_eval_inputs(
     _check_engine_fits(cfg)
     if is_stored:
         tensor_shapes(cfg.model)  # only for what it refuses
-    judge = judge_named(cfg.reward, timeout_s=cfg.reward_timeout_s)
+    judge = judge_of(cfg, cfg.reward, cfg.second_reward)
     sets, dropped = read_held_out(cfg, tokenizer, judge)
     return EvalInputs(tokenizer=tokenizer, sets=sets, dropped=dropped)
 

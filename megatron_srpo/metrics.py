@@ -84,6 +84,8 @@ def _add_rollout(rollout: Rollout, add: Add) -> None:
     if score.failure is not None:
         return
     add("reward/mean", score.value)
+    if score.second_opinion is not None:
+        add("reward/agreement", score.second_opinion == score.correct)
     if rollout.stage != "extra":
         add(f"reward/{rollout.stage}_mean", score.value)
         add(f"pass_rate/{rollout.stage}", score.correct)

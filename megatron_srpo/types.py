@@ -109,6 +109,9 @@ class Score:
     """A rollout that is not correct can be the seed of a reset."""
     failure: str | None = None
     """Why the reward could not be computed; such a rollout has no verdict, not a verdict of 0."""
+    second_opinion: bool | None = None
+    """What the config's second reward says of `correct`; None if it was not asked or failed.
+    Nothing is trained on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,53 +1,131 @@
-"""Who asks a reward about many responses?   stream of (Prompt, response) -> list of Score"""
+"""Who asks rewards about many responses?   stream of (Prompt, response) -> list of Score"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
-from megatron_srpo.extensions import find
 from megatron_srpo.protocols import Reward
-from megatron_srpo.rewards import REWARDS
-from megatron_srpo.rewards.process import ProcessReward
-from megatron_srpo.rewards.verdict import RewardError, checked, described
+from megatron_srpo.rewards import REWARDS, reward_named
+from megatron_srpo.rewards.process import Worker
+from megatron_srpo.rewards.verdict import RewardError, checked
+from megatron_srpo.rewards.workers import LOOK_S, Workers, ready
 from megatron_srpo.types import Prompt, Score
 
 
-def judge_named(name: str, *, timeout_s: float) -> RewardJudge:
-    """One of the package's own, which only compare texts, or the user's in a process.
+def judge_named(
+    name: str, *, second: str | None = None, timeout_s: float, num_workers: int
+) -> RewardJudge:
+    """Of the package's own rewards those that only compare texts stay in this process. Costs
+    nothing until it is asked.
 
-    Raises `InputError` if there is no such reward; `timeout_s` is for one response.
+    `second`: a reward that is asked too, and changes no score; `timeout_s`: for one response;
+    `num_workers`: processes of a reward at most. Raises `InputError` if there is no such reward.
     """
-    found = find(name, REWARDS, key="reward")
-    return RewardJudge(found if name in REWARDS else ProcessReward(name, timeout_s=timeout_s))
+    return RewardJudge(
+        tuple(
+            _asked(each, key=key, timeout_s=timeout_s, num_workers=num_workers)
+            for key, each in {"reward": name, "second_reward": second}.items()
+            if each is not None
+        )
+    )
+
+
+def _asked(name: str, *, key: str, timeout_s: float, num_workers: int) -> InPlace | Workers:
+    role = key.replace("_", " ")
+    if name in REWARDS and REWARDS[name].in_place:
+        return InPlace(reward_named(name, key=key), role)
+    if name not in REWARDS:
+        reward_named(name, key=key)  # only for what it refuses
+    return Workers(
+        start=partial(Worker, name), role=role, timeout_s=timeout_s, num_workers=num_workers
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class RewardJudge:
     """Implements `protocols.Judge`."""
 
-    reward: Reward
+    rewards: Sequence[InPlace | Workers]
+    """The one that counts, and maybe a second opinion."""
 
     def judge(
         self, items: Iterable[tuple[Prompt, str]], *, tick: Callable[[], None] = lambda: None
     ) -> list[Score]:
-        """`tick` is called when something comes forward. Raises `RewardError`."""
-        scores: list[Score] = []
-        for prompt, response in items:
-            with _naming(prompt):
-                scores.append(checked(self.reward(prompt, response)))
-            tick()
-        return scores
+        """`tick` is called whenever a process comes forward. Raises `RewardError`; whatever is
+        raised, no process goes on with an item that nobody will hear about."""
+        with contextlib.ExitStack() as exits:
+            rounds = [exits.enter_context(contextlib.closing(r.begin(tick))) for r in self.rewards]
+            for prompt, response in items:
+                for round in rounds:
+                    round.put(prompt, response)
+            while not all(round.is_done for round in rounds):
+                ready([fd for round in rounds for fd in round.descriptors], within_s=LOOK_S)
+                for round in rounds:
+                    round.advance()
+        first, *second = (round.scores for round in rounds)
+        for opinions in second:
+            first = [_compared(*pair) for pair in zip(first, opinions, strict=True)]
+        return first
+
+    def close(self) -> None:
+        """Ends the processes of its rewards; others start when they are needed."""
+        for reward in self.rewards:
+            reward.close()
 
 
-@contextlib.contextmanager
-def _naming(prompt: Prompt) -> Generator[None]:
-    """Whatever a reward raises; somebody who wants this process to end passes."""
-    try:
-        yield
-    finally:
-        error = sys.exception()
-        if isinstance(error, Exception):
-            raise RewardError(f"the reward of prompt {prompt.id!r} raised {described(error)}")
+def _compared(score: Score, second: Score) -> Score:
+    return replace(score, second_opinion=None if second.failure is not None else second.correct)
+
+
+def in_place(reward: Reward) -> RewardJudge:
+    """Asks a reward that is at hand, in this process."""
+    return RewardJudge([InPlace(reward)])
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """A reward that is called when a response comes; what it breaks is the trainer."""
+
+    reward: Reward
+    role: str = "reward"
+
+    def begin(self, tick: Callable[[], None]) -> InPlaceRound:
+        """As `Workers.begin`."""
+        return InPlaceRound(self, [])
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class InPlaceRound:
+    """As `workers.Round`: the answer is there at once."""
+
+    called: InPlace
+    scores: list[Score]
+    is_done = True
+    descriptors: tuple[int, ...] = ()
+
+    def put(self, prompt: Prompt, response: str) -> None:
+        with self._naming(prompt):
+            self.scores.append(checked(self.called.reward(prompt, response)))
+
+    def advance(self) -> None:
+        """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    @contextlib.contextmanager
+    def _naming(self, prompt: Prompt) -> Generator[None]:
+        """Whatever a reward raises; somebody who wants this process to end passes."""
+        try:
+            yield
+        finally:
+            error = sys.exception()
+            if isinstance(error, Exception):
+                raise RewardError.over(prompt, error, role=self.called.role)

@@ -1,14 +1,14 @@
-"""A reward of the user's, in a process beside the trainer: it may die or hang without harm.
+"""A process in which a reward runs, as the trainer sees it: started, asked, given up.
 
-`LeaderReward` calls it on the first rank of a rollout engine only, so there is one process an
-engine. It starts with the first item, and ends with this object, or with the trainer, however that
-ends.
+It may die or hang without harm. It ends with this object, or with the trainer, however that ends.
+Nothing here waits for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,37 +19,10 @@ from multiprocessing.connection import Connection, Pipe
 from megatron_srpo.rewards.verdict import RewardRaisedError
 from megatron_srpo.types import Prompt, Score
 
-NUM_ATTEMPTS = 2
 START_S = 120.0
-"""So long the user's file may take to be imported."""
-LOOK_S = 0.1
-"""Seconds between looks at a process that says nothing. Its end closes the connection, unless a
-process that it forked holds it open."""
-
-
-class ProcessReward:
-    """Implements `protocols.Reward`. One thread may call it: its process ends with that thread."""
-
-    def __init__(self, name: str, *, timeout_s: float) -> None:
-        """`name`: FILE.py:FUNCTION, where `extensions.find` finds something."""
-        self._name, self._timeout_s = name, timeout_s
-        self._worker: _Worker | None = None
-
-    def __call__(self, prompt: Prompt, response: str) -> Score:
-        """A process that is lost over this item costs it one more attempt, in a new process; then
-        it has a `failure`. Raises `RewardRaisedError` if the reward or its file raises, and
-        `StartError` if no process comes to the end of the file.
-        """
-        losses: list[str] = []
-        while len(losses) < NUM_ATTEMPTS:
-            if self._worker is None or self._worker.is_gone:
-                self._worker = _start(self._name)
-            try:
-                return self._worker.ask((prompt, response), timeout_s=self._timeout_s)
-            except LostError as error:
-                losses.append(str(error))
-                self._worker = None
-        return Score(value=0.0, correct=False, failure=f"its process {_in_words(losses)}")
+"""So long the reward's file may take to be imported."""
+NUM_BUFFERED = 2**16
+"""Bytes that a connection takes though nobody reads yet."""
 
 
 class LostError(Exception):
@@ -60,26 +33,15 @@ class StartError(RuntimeError):
     """The process did not get so far that it could be asked."""
 
 
-def _start(name: str) -> _Worker:
-    try:
-        return _Worker(name)
-    except LostError as error:  # no item's doing: none would get a verdict
-        raise StartError(f"its process {error} before it was asked") from error
+class Worker:
+    """One process. It starts at once; when it has answered, the next item can be asked about.
 
-
-def _in_words(losses: list[str]) -> str:
+    One thread may use it: the process ends with that thread.
     """
-    >>> _in_words(["died with signal 9"] * 2), _in_words(["took longer than 1 s", "ended with 3"])
-    ('died with signal 9, twice', 'took longer than 1 s, then ended with 3')
-    """
-    first, second = losses
-    return f"{first}, twice" if first == second else f"{first}, then {second}"
-
-
-class _Worker:
-    """One process, ready to be asked. Raises `LostError` if it does not get so far."""
 
     def __init__(self, name: str) -> None:
+        """`name`: of the package's own, or FILE.py:FUNCTION, where `extensions.find` finds
+        something. Raises `StartError` if there can be no process."""
         self._channel, theirs = Pipe()
         serve = (theirs.fileno(), name, os.getpid())
         # What can be imported here can be imported there; the main module is not.
@@ -87,52 +49,93 @@ class _Worker:
             f"import sys; sys.path[:] = {[*map(str, sys.path)]}; "
             f"from megatron_srpo.rewards.worker import serve; serve{serve}"
         )
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", program],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.__stderr__,  # the trainer's standard output is for results
-                start_new_session=True,  # so that it can be killed with all that it started
-            )
-        self._end = weakref.finalize(self, _kill, self._process, self._channel, os.getpid())
-        self._answer(START_S)
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.__stderr__,  # the trainer's standard output is for results
+                    start_new_session=True,  # so that it can be killed with all that it started
+                )
+        except OSError as error:
+            raise StartError(f"no process could be started: {error}") from error
+        self.end = weakref.finalize(self, _kill, self._process, self._channel, os.getpid())
+        """Ends the process with all that it started."""
+        self._is_started, self._unsent = False, b""
+        self._timeout_s, self._deadline = 0.0, time.monotonic() + START_S
 
-    def ask(self, item: tuple[Prompt, str], *, timeout_s: float) -> Score:
-        """Raises `RewardRaisedError`, and `LostError` where no answer will come."""
+    def fileno(self) -> int:
+        """Can be read when there is something to hear."""
+        return self._channel.fileno()
+
+    def ask(self, prompt: Prompt, response: str, *, timeout_s: float) -> None:
+        """Of a process that has answered, or that has not been asked yet: then its time begins when
+        it has started."""
+        item = pickle.dumps((prompt, response))
+        self._timeout_s = timeout_s
+        if self._is_started:
+            self._begin(item)
+        elif len(item) > NUM_BUFFERED:
+            self._unsent = item
+        else:
+            self._send(item)
+
+    def _begin(self, item: bytes) -> None:
+        self._send(item)
+        self._deadline = time.monotonic() + self._timeout_s
+
+    def _send(self, item: bytes) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # then no answer comes
-            self._channel.send(item)
-        score = self._answer(timeout_s)
-        assert score is not None, "a worker says only once that it has started"
-        return score
+            if item:
+                self._channel.send_bytes(item)
+
+    def hear(self) -> Score | None:
+        """What it says, which is there to be read; None: it has started.
+
+        Raises `RewardRaisedError`; `LostError` where no answer will come; `StartError` if none ever
+        would, whatever the item.
+        """
+        try:
+            said = self._channel.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self._lost(self._ending()) from error
+        if isinstance(said, RewardRaisedError):
+            raise said
+        if said is None:
+            self._is_started = True
+            self._begin(self._unsent)
+        return said
+
+    def look(self) -> None:
+        """At one that says nothing. Raises as `hear` does if it is gone, or has taken too long: its
+        end closes the connection, unless a process that it forked holds it open."""
+        if self._channel.poll():
+            return
+        if self.is_gone and not self._channel.poll():
+            raise self._lost(self._ending())
+        if time.monotonic() >= self._deadline:
+            self.end()
+            limit_s = self._timeout_s if self._is_started else START_S
+            raise self._lost(f"took longer than {limit_s:g} s")
 
     @property
     def is_gone(self) -> bool:
-        """It stays a zombie until `_kill`, so that its id is nobody else's."""
+        """It stays a zombie until `end`, so that its id is nobody else's."""
         looks = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, looks) is not None
 
-    def _answer(self, timeout_s: float) -> Score | None:
-        deadline = time.monotonic() + timeout_s
-        while not self._channel.poll(max(0.0, min(LOOK_S, deadline - time.monotonic()))):
-            if self.is_gone and not self._channel.poll():
-                raise LostError(self._ending())
-            if time.monotonic() >= deadline:
-                self._end()
-                raise LostError(f"took longer than {timeout_s:g} s")
-        try:
-            answer = self._channel.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise LostError(self._ending()) from error
-        if isinstance(answer, RewardRaisedError):
-            raise answer
-        return answer
-
     def _ending(self) -> str:
         """How the process ended by itself: what it started is ended now."""
-        self._end()
+        self.end()
         code = self._process.returncode
         return f"died with signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+    def _lost(self, what: str) -> Exception:
+        """Before it has started, that is no item's doing: none would get a verdict."""
+        if self._is_started:
+            return LostError(what)
+        return StartError(f"its process {what} before it was asked")
 
 
 def _kill(process: subprocess.Popen[bytes], channel: Connection, trainer: int) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import traceback
 
-from megatron_srpo.types import Score
+from megatron_srpo.types import Prompt, Score
 
 
 class RewardError(RuntimeError):
-    """There will be no verdict on an item: the message names its prompt."""
+    """A reward raised, or cannot be asked at all: no item will have a verdict."""
+
+    @classmethod
+    def over(cls, prompt: Prompt, error: BaseException, *, role: str) -> RewardError:
+        """`role`: reward, or second reward."""
+        return cls(f"the {role} of prompt {prompt.id!r} raised {described(error)}")
 
 
 class RewardRaisedError(RuntimeError):

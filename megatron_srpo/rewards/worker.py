@@ -1,4 +1,4 @@
-"""The process in which a reward of the user's runs: what it breaks there is not the trainer.
+"""The process in which a reward runs: what it breaks there is not the trainer.
 
 `process.py` starts it. It imports little, since a worker that was lost is replaced while an engine
 waits.
@@ -14,8 +14,7 @@ import sys
 from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection
 
-from megatron_srpo.extensions import find
-from megatron_srpo.rewards import REWARDS
+from megatron_srpo.rewards import reward_named
 from megatron_srpo.rewards.verdict import RewardRaisedError, checked
 from megatron_srpo.types import Prompt
 
@@ -24,11 +23,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def serve(descriptor: int, name: str, trainer: int) -> None:
-    """Says None when the file is imported, then a `Score` for each (prompt, response), until
+    """Says None when the reward is imported, then a `Score` for each (prompt, response), until
     nobody listens. What the file or the reward raises is said instead, and ends the process.
 
-    `descriptor`: an end of the connection, which stays open until the process is gone; `name`:
-    FILE.py:FUNCTION; `trainer`: id of the process that asks.
+    `descriptor`: an end of the connection, which stays open until the process is gone; `name`: of
+    the package's own, or FILE.py:FUNCTION; `trainer`: id of the process that asks.
     """
     _end_with(trainer)
     # A launcher that stops a run signals all processes: the trainer still needs this one then. Not
@@ -39,7 +38,7 @@ def serve(descriptor: int, name: str, trainer: int) -> None:
     sys.excepthook = _left_to_the_trainer
     channel = Connection(os.dup(descriptor))
     with _saying_what_is_raised(channel):
-        reward = find(name, REWARDS, key="reward")
+        reward = reward_named(name)
         channel.send(None)
         for prompt, response in _items(channel):
             channel.send(checked(reward(prompt, response)))

@@ -28,7 +28,7 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
 from megatron_srpo.pack_layout import PackLayout
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import Group, Prompt, Sample, Score
@@ -136,8 +136,9 @@ ELSEWHERE = {
     "kernels.head",
     # when a run that shows no sign of life ends: tests/unit/test_watchdog.py
     *(f"deadlines.{name}" for name in DeadlineConfig.model_fields),
-    # when a reward is given up, which changes none that answers: tests/unit/test_process.py
-    "reward_timeout_s",
+    # when a reward is given up, which changes none that answers, how many are asked at once, and
+    # a metric: tests/unit/test_process.py, test_workers.py
+    "reward_timeout_s", "reward_workers", "second_reward",
     # an alarm: test_faults.py; parts of the user's: test_extensions.py; tests/unit/test_localize.py
     "max_logprob_diff", "reward", "credit.rule", "localize.chat",
 }  # fmt: skip
@@ -169,7 +170,7 @@ class World:
         return Roles(
             generator=self.engine,
             tokenizer=inputs.tokenizer,
-            judge=RewardJudge(graded),
+            judge=in_place(graded),
             rule=inputs.rule,
         )
 
@@ -204,7 +205,7 @@ class World:
 
     def evaluation(self, cfg: Config) -> dict[str, tuple[float, float]]:
         inputs = read_inputs(cfg, num_processes=1)
-        shares = [(held_out, RewardJudge(graded)) for held_out in inputs.sets]
+        shares = [(held_out, in_place(graded)) for held_out in inputs.sets]
         return held_out_sums(shares, self.roles(cfg, inputs), cfg)
 
 

@@ -21,7 +21,7 @@ from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.inputs import read_inputs
 from megatron_srpo.protocols import Collect, Learner, NamedTensors
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.telemetry import Telemetry
@@ -81,7 +81,7 @@ def _rewarded(run: Run) -> Collect:
     def parity(prompt: Prompt, response: str) -> Score:
         return Score(value=float(len(response) % 2), correct=bool(len(response) % 2))
 
-    return partial(collect_groups, roles=replace(roles, judge=RewardJudge(parity)), cfg=run.cfg)
+    return partial(collect_groups, roles=replace(roles, judge=in_place(parity)), cfg=run.cfg)
 
 
 def go(run: Run) -> None:

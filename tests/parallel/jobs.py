@@ -25,8 +25,7 @@ from megatron_srpo.kernels.linear_logprob import linear_logprob
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.preflight import check_all_reduce
 from megatron_srpo.protocols import Generator
-from megatron_srpo.replica import LeaderJudge, LeaderRule
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.replica import LeaderRule
 from megatron_srpo.types import (
     AlarmError,
     Batch,
@@ -35,7 +34,6 @@ from megatron_srpo.types import (
     Reset,
     Rollout,
     Sample,
-    Score,
     Tokens,
 )
 from tests.tiny import random_samples
@@ -195,25 +193,6 @@ def silent_samples(mesh: Mesh, with_silent: bool) -> tuple[int, float]:
 PROMPT = Prompt(id="p", text="", token_ids=np.zeros(1, np.int32), answer="")
 
 
-def rewarded_by_rank(mesh: Mesh) -> float:
-    def reward(prompt: Prompt, response: str) -> Score:
-        return Score(value=float(mesh.rank), correct=False)
-
-    (score,) = LeaderJudge(inner=RewardJudge(reward), mesh=mesh).judge([(PROMPT, "")])
-    return score.value
-
-
-def reward_raises(mesh: Mesh) -> str:
-    def reward(prompt: Prompt, response: str) -> Score:
-        raise KeyError("no such answer")
-
-    try:
-        LeaderJudge(inner=RewardJudge(reward), mesh=mesh).judge([(PROMPT, "")])
-    except AlarmError as alarm:
-        return str(alarm)
-    return "no alarm"
-
-
 def reset_by_rank(mesh: Mesh) -> tuple[int | None, int, list[str]]:
     """(thought that counts, how often this rank's rule was asked, what its engine was asked)
 
@@ -255,17 +234,6 @@ def rule_raises(mesh: Mesh, on_rank: int) -> str:
     except AlarmError as alarm:
         return str(alarm)
     return "no alarm"
-
-
-def reward_gives(mesh: Mesh, given: object) -> str:
-    def reward(prompt: Prompt, response: str) -> Any:
-        return given
-
-    try:
-        (score,) = LeaderJudge(inner=RewardJudge(reward), mesh=mesh).judge([(PROMPT, "")])
-    except AlarmError as alarm:
-        return str(alarm)
-    return f"{type(score.value).__name__} {type(score.correct).__name__}"
 
 
 def all_reduce_checked(mesh: Mesh, absent: int | None = None, off: int | None = None) -> str:

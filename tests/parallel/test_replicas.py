@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_srpo.types import AlarmError, Score
-from tests.parallel import jobs
+from tests.parallel import jobs, judge_jobs
 from tests.parallel.pool import Pool
 from tests.tiny import random_samples
 
@@ -35,15 +35,28 @@ def test_samples_without_advantage_travel_only_where_the_loss_asks_for_them(pool
 
 
 def test_the_leader_s_reward_is_its_replica_s(pool: Pool) -> None:
-    scores = pool.run(4, jobs.rewarded_by_rank, tp=1, rollout_tp=2)
+    scores = pool.run(4, judge_jobs.rewarded_by_rank, tp=1, rollout_tp=2)
     assert scores == [0.0, 0.0, 2.0, 2.0]
 
 
 def test_a_reward_that_raises_on_the_leader_raises_the_same_on_its_ranks_and_hangs_none(
     pool: Pool,
 ) -> None:
-    messages = pool.run(2, jobs.reward_raises, rollout_tp=2)
-    assert messages == ["the reward of prompt 'p' raised KeyError: 'no such answer'"] * 2
+    """All of them have drawn what their engine gave: it takes its steps on all ranks."""
+    found = pool.run(2, judge_jobs.reward_raises, rollout_tp=2)
+    assert found == [("the reward of prompt 'p' raised KeyError: 'no such answer'", 3)] * 2
+
+
+def test_an_engine_that_is_stopped_stops_its_ranks_and_none_waits_for_scores(pool: Pool) -> None:
+    said = pool.run(2, judge_jobs.engine_stops, rollout_tp=2)
+    assert said == ["stopped, then 3 scores"] * 2
+
+
+def test_who_waits_for_the_leader_s_verdicts_is_in_a_phase_with_a_deadline_for_that(
+    pool: Pool,
+) -> None:
+    leader, other = pool.run(2, judge_jobs.waits_in_phase, rollout_tp=2)
+    assert "time/reward_s" in leader and "time/wait_s" in other
 
 
 @pytest.mark.parametrize(
@@ -61,7 +74,7 @@ def test_a_reward_that_raises_on_the_leader_raises_the_same_on_its_ranks_and_han
 def test_a_reward_gives_a_plain_finite_score_or_stops_the_run(
     pool: Pool, given: object, message: str
 ) -> None:
-    for found in pool.run(2, jobs.reward_gives, given, rollout_tp=2):
+    for found in pool.run(2, judge_jobs.reward_gives, given, rollout_tp=2):
         assert found.endswith(message)
 
 

@@ -17,8 +17,8 @@ from megatron_srpo.config import Config
 from megatron_srpo.engines.fake import EOS, CharTokenizer, FakeGenerator
 from megatron_srpo.protocols import Reward
 from megatron_srpo.resets import RULES
-from megatron_srpo.rewards import last_line
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.exact import last_line
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.thoughts import split_thoughts
@@ -134,7 +134,7 @@ def collect(
     """One step with the rule that the config names."""
     cfg = cfg or config()
     rule = RULES[cfg.algorithm.resets](cfg, TOKENIZER)
-    roles = Roles(generator=generator, tokenizer=TOKENIZER, judge=RewardJudge(reward), rule=rule)
+    roles = Roles(generator=generator, tokenizer=TOKENIZER, judge=in_place(reward), rule=rule)
     return collect_groups(prompts or [prompt()], step=step, roles=roles, cfg=cfg)
 
 

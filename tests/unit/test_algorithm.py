@@ -15,8 +15,8 @@ from megatron_srpo.algorithm import collect_groups, go_back, start_again
 from megatron_srpo.draws import Drawn
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.protocols import Generator
-from megatron_srpo.rewards import last_line
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.exact import last_line
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.types import AlarmError, Group, Prompt, Reset, Rollout, Sample, Score
 from tests.unit.builders import (
@@ -228,7 +228,7 @@ class Confused:
 
 
 def test_a_rule_that_answers_for_another_rollout_is_refused():
-    judge = RewardJudge(last_line)
+    judge = in_place(last_line)
     roles = Roles(generator=scripted(NAMED), tokenizer=TOKENIZER, judge=judge, rule=Confused())
     with pytest.raises(AlarmError, match=r"the reset rule answered for \['another'\]"):
         collect_groups([prompt()], step=0, roles=roles, cfg=config())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_srpo.metrics import combine, rollout_sums
-from megatron_srpo.rewards import last_line
+from megatron_srpo.rewards.exact import last_line
 from megatron_srpo.types import Group, Prompt, Score
 from tests.unit.builders import (
     collect,

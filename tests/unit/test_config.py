@@ -247,11 +247,11 @@ def test_rules_that_ask_the_policy_need_room_to_localize(tmp_path: Path, resets:
 
 
 def test_a_reward_is_given_up_before_the_watchdog_gives_up_the_run(tmp_path: Path):
-    assert refusal(tmp_path, "reward_timeout_s=900").endswith(
-        "deadlines.reward_s=1800 must be longer than two attempts of reward_timeout_s=900"
+    assert refusal(tmp_path, "reward_timeout_s=1800").endswith(
+        "deadlines.reward_s=1800 must be longer than one attempt, reward_timeout_s=1800"
     )
-    overrides = ["reward_timeout_s=900", "deadlines.reward_s=1801"]
-    assert load_config(written(tmp_path), overrides).reward_timeout_s == 900
+    overrides = ["reward_timeout_s=1800", "deadlines.reward_s=1801"]
+    assert load_config(written(tmp_path), overrides).reward_timeout_s == 1800
 
 
 def test_a_nucleus_has_no_importance_weights(tmp_path: Path):

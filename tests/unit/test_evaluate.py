@@ -14,8 +14,8 @@ from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.evaluate import Attempt, HeldOut, attempt_sums, chance_at, evaluate, pass_at
 from megatron_srpo.metrics import combine
 from megatron_srpo.protocols import Reward
-from megatron_srpo.rewards import last_line
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.exact import last_line
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import Prompt, Score
 from tests.unit.builders import TOKENIZER, config, prompt
@@ -51,7 +51,7 @@ def answering(*prompts: Prompt, reward: Reward = last_line, **eval: Any) -> list
 def measured(
     prompts: Sequence[Prompt], generator: FakeGenerator, cfg: Config, reward: Reward = last_line
 ) -> list[Attempt]:
-    judge = RewardJudge(reward)
+    judge = in_place(reward)
     held_out = HeldOut(name="held_out", prompts=prompts, judge=judge)
     return evaluate(held_out, generator=generator, tokenizer=TOKENIZER, judge=judge, cfg=cfg)
 
@@ -95,6 +95,18 @@ def test_a_response_whose_reward_failed_is_counted_and_is_not_a_wrong_one():
     assert sums["eval/held_out/failure_rate"] == (2, 8)
     assert sums["eval/held_out/pass_at_1"] == (1 / 2 + 1 / 4, 2)
     assert sums["eval/held_out/pass_at_4"] == (1.0, 1)  # the other problem has only two verdicts
+
+
+def test_agreement_is_the_share_of_responses_with_two_verdicts_that_are_the_same():
+    cfg, seconds = config(), [True, True, None, True, False]
+    done = [
+        replace(attempt, score=replace(attempt.score, second_opinion=second))
+        for attempt, second in zip(attempts("+--?-"), seconds, strict=True)
+    ]
+    sums = attempt_sums(done, cfg)
+    assert sums["eval/held_out/agreement"] == (2, 3)
+    assert sums["eval/held_out/second_opinion_rate"] == (2, 3)
+    assert "eval/held_out/agreement" not in attempt_sums(attempts("+-"), cfg)
 
 
 def test_where_no_problem_has_a_verdict_there_is_no_pass_at_k_rather_than_a_zero():

@@ -84,13 +84,23 @@ def test_every_field_of_every_group_comes_back_as_it_was(tmp_path: Path):
     assert plain(read_step(tmp_path, 12)) == plain(groups)
 
 
+def test_a_second_opinion_is_on_record_and_its_absence_in_older_journals_is_none(tmp_path: Path):
+    score = Score(value=1.0, correct=True, second_opinion=False)
+    journal(tmp_path).write(0, [group(replace(rollout("1"), score=score))])
+    (path,) = tmp_path.glob("*.jsonl")
+    assert read_step(tmp_path, 0)[0].rollouts[0].score == score
+    path.write_text(path.read_text().replace(', "second_opinion": false', ""))
+    older = read_step(tmp_path, 0)[0].rollouts[0].score
+    assert older == Score(value=1.0, correct=True)
+
+
 def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path):
     score = Score(value=np.float32(0.5), correct=np.bool_(True))  # type: ignore[arg-type]
     scored = replace(rollout("1"), score=score)
     reset = Reset(seed_id="r", thought=np.int64(1), cause="mine")  # type: ignore[arg-type]
     journal(tmp_path).write(0, [group(scored, resets=(reset,))])
     (back,) = read_step(tmp_path, 0)
-    assert repr(back.rollouts[0].score) == "Score(value=0.5, correct=True, failure=None)"
+    assert repr(back.rollouts[0].score) == repr(Score(value=0.5, correct=True))
     assert repr(back.resets[0]) == repr(Reset(seed_id="r", thought=1, cause="mine"))
 
 

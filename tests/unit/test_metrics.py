@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from megatron_srpo.metrics import combine, rollout_sums
@@ -161,6 +164,21 @@ def test_a_failed_reward_is_in_no_mean():
     assert metrics["reward/failure_rate"] == 0.5
     assert metrics["reward/mean"] == metrics["reward/base_mean"] == metrics["pass_rate/base"] == 1
     assert metrics["group/zero_signal_rate"] == 1
+
+
+def test_agreement_is_the_share_of_responses_with_two_verdicts_that_are_the_same():
+    def scored(id: str, second: bool | None, **fields: Any) -> Rollout:
+        made = rollout("1", id=id, **fields)
+        return replace(made, score=replace(made.score, second_opinion=second))
+
+    right, wrong, failed = {"reward": 1.0}, {"reward": 0.0}, {"failure": "timeout"}
+    agreeing = (scored("a", True, **right), scored("b", False, **wrong))
+    others = (scored("c", True, **wrong), scored("d", None, **right), scored("e", True, **failed))
+    metrics = combine([rollout_sums([group(*agreeing, *others)], config())])
+    assert metrics["reward/agreement"] == 2 / 3
+    assert metrics["reward/mean"] == 2 / 4
+    unasked = combine([rollout_sums([group(rollout("1", reward=1.0))], config())])
+    assert "reward/agreement" not in unasked
 
 
 def test_replicas_add_up_to_the_metrics_of_all_their_groups():

@@ -1,4 +1,4 @@
-"""A reward of the user's runs in a process: what it does there costs an item, never the run."""
+"""A reward runs in a process: what it does there costs an item, never the run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_srpo.rewards import REWARDS, process
-from megatron_srpo.rewards.judge import judge_named
-from megatron_srpo.rewards.process import ProcessReward, StartError
-from megatron_srpo.rewards.verdict import RewardRaisedError, checked
+from megatron_srpo.rewards import process
+from megatron_srpo.rewards.judge import InPlace, RewardJudge, judge_named
+from megatron_srpo.rewards.process import Worker
+from megatron_srpo.rewards.verdict import RewardError, checked
+from megatron_srpo.rewards.workers import Workers
 from megatron_srpo.types import InputError, Prompt, Score
 
 PROMPT = Prompt(id="p", text="1+1", token_ids=np.arange(3, dtype=np.int32), answer="2")
@@ -105,11 +107,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reward_process")
 
 
+def judge_of(name: str, *, timeout_s: float = 20, num_workers: int = 2) -> RewardJudge:
+    """Without a look at the file in this process."""
+    start = partial(Worker, name)
+    workers = Workers(start=start, role="reward", timeout_s=timeout_s, num_workers=num_workers)
+    return RewardJudge([workers])
+
+
+def asking(name: str, *, timeout_s: float = 20) -> Callable[[str], Score]:
+    """One item at a time, so that there is one process."""
+    made = judge_of(name, timeout_s=timeout_s)
+    return lambda response: made.judge([(PROMPT, response)])[0]
+
+
 @pytest.fixture(scope="module")
 def ask(folder: Path) -> Callable[[str], Score]:
     """One process for all tests that do not end it."""
-    reward = ProcessReward(named(folder), timeout_s=20)
-    return lambda response: reward(PROMPT, response)
+    return asking(named(folder))
 
 
 def is_running(pid: int) -> bool:
@@ -133,11 +147,14 @@ def test_a_reward_of_the_user_s_is_asked_in_another_process_that_stays(ask) -> N
     assert ask("pid").value == ask("pid").value != os.getpid()
 
 
-def test_the_package_s_own_rewards_stay_in_the_process(folder: Path) -> None:
-    assert judge_named("boxed", timeout_s=1).reward is REWARDS["boxed"]
-    assert isinstance(judge_named(named(folder), timeout_s=1).reward, ProcessReward)
-    with pytest.raises(InputError, match=r"must be one of last_line, boxed, or FILE\.py:NAME"):
-        judge_named("vibes", timeout_s=1)
+def test_comparisons_of_texts_stay_in_the_trainer_s_process(folder: Path) -> None:
+    (boxed,) = judge_named("boxed", timeout_s=1, num_workers=1).rewards
+    (mine,) = judge_named(named(folder), timeout_s=1, num_workers=1).rewards
+    assert isinstance(boxed, InPlace) and isinstance(mine, Workers)
+    with pytest.raises(InputError, match=r"^reward=vibes: must be one of last_line, boxed, "):
+        judge_named("vibes", timeout_s=1, num_workers=1)
+    with pytest.raises(InputError, match=r"^second_reward=vibes: must be one of last_line, "):
+        judge_named("boxed", second="vibes", timeout_s=1, num_workers=1)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +190,11 @@ def test_a_process_that_dies_between_two_items_costs_neither_an_attempt(ask) -> 
 
 
 def test_an_item_that_takes_too_long_is_ended_with_all_that_it_started(folder: Path) -> None:
-    reward = ProcessReward(named(folder), timeout_s=1)
+    ask = asking(named(folder), timeout_s=1)
     failure = "its process took longer than 1 s, twice"
-    assert reward(PROMPT, "another") == Score(value=0.0, correct=False, failure=failure)
+    assert ask("another") == Score(value=0.0, correct=False, failure=failure)
     assert not is_running(int((folder / "other.pid").read_text()))
-    assert reward(PROMPT, "answer 2").correct
+    assert ask("answer 2").correct
 
 
 def test_two_losses_of_different_kinds_are_both_told(folder: Path) -> None:
@@ -186,9 +203,9 @@ def test_two_losses_of_different_kinds_are_both_told(folder: Path) -> None:
             "return say(1.0)\n        mark.touch()", "time.sleep(60)\n        mark.touch()"
         )
     )
-    reward = ProcessReward(f"{folder}/hang_later.py:reward", timeout_s=0.5)
+    ask = asking(f"{folder}/hang_later.py:reward", timeout_s=0.5)
     failure = "its process ended with exit code 7, then took longer than 0.5 s"
-    assert reward(PROMPT, "once third mark").failure == failure
+    assert ask("once third mark").failure == failure
 
 
 @pytest.mark.parametrize(
@@ -202,10 +219,11 @@ def test_two_losses_of_different_kinds_are_both_told(folder: Path) -> None:
 def test_what_a_reward_raises_is_raised_here_with_its_traceback(
     ask, response: str, message: str
 ) -> None:
-    with pytest.raises(RewardRaisedError) as raised:
+    with pytest.raises(RewardError) as raised:
         ask(response)
-    assert str(raised.value) == message
-    (note,) = raised.value.__notes__
+    assert str(raised.value) == f"the reward of prompt 'p' raised {message}"
+    cause = raised.value.__cause__
+    (note,) = cause.__notes__  # type: ignore[union-attr]
     assert note.startswith("in the reward's process:\nTraceback")
     assert ask("answer 2").correct
 
@@ -226,9 +244,8 @@ def test_signals_of_a_launcher_are_left_to_the_trainer(ask) -> None:
 
 def test_what_a_reward_prints_is_not_on_the_trainer_s_standard_output(folder: Path) -> None:
     program = f"""
-        from megatron_srpo.rewards.process import ProcessReward
-        from tests.unit.test_process import PROMPT
-        assert ProcessReward({named(folder)!r}, timeout_s=20)(PROMPT, "speak").correct
+        from tests.unit.test_process import asking
+        assert asking({named(folder)!r})("speak").correct
     """
     done = run(program)
     assert done.stdout == "" and "standard output of a reward" in done.stderr
@@ -245,23 +262,34 @@ def test_a_file_that_cannot_be_imported_there_is_an_error_and_no_failure_of_an_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, start_s: float, message: str
 ) -> None:
     monkeypatch.setattr(process, "START_S", start_s)
-    with pytest.raises(StartError, match=message):
-        ProcessReward(named(tmp_path, text), timeout_s=20)(PROMPT, "")
+    with pytest.raises(RewardError, match=f"the reward of prompt 'p' raised StartError: {message}"):
+        asking(named(tmp_path, text))("")
 
 
 def test_a_file_that_raises_there_is_told_like_a_reward_that_raises(tmp_path: Path) -> None:
-    with pytest.raises(RewardRaisedError, match="ZeroDivisionError: division by zero"):
-        ProcessReward(named(tmp_path, "1 / 0"), timeout_s=20)(PROMPT, "")
+    with pytest.raises(RewardError, match="ZeroDivisionError: division by zero"):
+        asking(named(tmp_path, "1 / 0"))("")
 
 
-def test_nothing_runs_before_the_first_item_nor_after_the_reward_is_gone(folder: Path) -> None:
-    reward = ProcessReward(named(folder), timeout_s=20)
-    assert reward._worker is None
-    pid = int(reward(PROMPT, "pid").value)
+def test_nothing_runs_before_the_first_item_nor_after_the_judge_is_gone(folder: Path) -> None:
+    made = judge_of(named(folder))
+    (workers,) = made.rewards
+    assert isinstance(workers, Workers) and workers.idle == []
+    (score,) = made.judge([(PROMPT, "pid")])
+    pid = int(score.value)
     assert is_running(pid)
-    del reward
+    del made, workers
     gc.collect()
     assert not is_running(pid)
+
+
+def test_a_judge_that_is_closed_has_no_process_until_it_is_asked_again(folder: Path) -> None:
+    made = judge_of(named(folder))
+    (first,) = made.judge([(PROMPT, "pid")])
+    made.close()
+    assert not is_running(int(first.value))
+    (second,) = made.judge([(PROMPT, "pid")])
+    assert second.value != first.value and is_running(int(second.value))
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
@@ -282,10 +310,9 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 def test_however_the_trainer_ends_its_worker_ends_with_it(folder: Path, ending: str) -> None:
     said = run(f"""
         import os, signal
-        from megatron_srpo.rewards.process import ProcessReward
-        from tests.unit.test_process import PROMPT
-        reward = ProcessReward({named(folder)!r}, timeout_s=20)
-        print(int(reward(PROMPT, "pid").value), flush=True)
+        from tests.unit.test_process import asking
+        ask = asking({named(folder)!r})
+        print(int(ask("pid").value), flush=True)
         {ending}
     """)
     assert said.returncode != 0
@@ -303,9 +330,8 @@ def test_a_worker_that_is_busy_ends_when_its_trainer_is_killed(tmp_path: Path) -
         "    time.sleep(60)\n"
     )
     program = f"""
-        from megatron_srpo.rewards.process import ProcessReward
-        from tests.unit.test_process import PROMPT
-        ProcessReward("{tmp_path}/busy.py:reward", timeout_s=50)(PROMPT, "{tmp_path}/pid")
+        from tests.unit.test_process import asking
+        asking("{tmp_path}/busy.py:reward", timeout_s=50)("{tmp_path}/pid")
     """
     trainer = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)], cwd=Path(__file__).parents[2]

@@ -11,8 +11,7 @@ import pytest
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.replica import MOST_LINES, LeaderJudge
-from megatron_srpo.rewards.judge import RewardJudge
-from megatron_srpo.rewards.process import ProcessReward
+from megatron_srpo.rewards.judge import in_place, judge_named
 from megatron_srpo.types import AlarmError, Prompt, Score
 
 FILE = """
@@ -31,8 +30,9 @@ def test_a_reward_that_raises_in_its_process_is_an_alarm_with_that_process_s_tra
     tmp_path: Path, mesh: Mesh
 ):
     (tmp_path / "reward_that_raises.py").write_text(FILE)
-    inner = ProcessReward(f"{tmp_path}/reward_that_raises.py:reward", timeout_s=20)
-    judge = LeaderJudge(inner=RewardJudge(inner), mesh=mesh)
+    name = f"{tmp_path}/reward_that_raises.py:reward"
+    inner = judge_named(name, timeout_s=20, num_workers=2)
+    judge = LeaderJudge(inner=inner, mesh=mesh)
     (score,) = judge.judge([(prompt(), "right")])
     assert score.correct
     with pytest.raises(AlarmError) as alarm:
@@ -48,7 +48,7 @@ def test_rewards_that_failed_are_told_once_the_first_so_many_by_name(
     def failing(prompt: Prompt, response: str) -> Score:
         return Score(value=0.0, correct=False, failure=response or None)
 
-    judge = LeaderJudge(inner=RewardJudge(failing), mesh=mesh)
+    judge = LeaderJudge(inner=in_place(failing), mesh=mesh)
     judge.judge((prompt(f"p{number}"), "broken") for number in range(MOST_LINES + 2))
     judge.judge([(prompt("well"), "")])
     with caplog.at_level(logging.WARNING):

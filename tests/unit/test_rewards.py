@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_srpo.rewards import REWARDS, boxed, last_line
-from megatron_srpo.rewards.exact import last_boxed
+from megatron_srpo.rewards import REWARDS, reward_named
+from megatron_srpo.rewards.exact import boxed, last_boxed, last_line
 from megatron_srpo.types import Score
 from tests.unit.builders import prompt
 
@@ -66,4 +66,6 @@ def test_braces_of_a_box_balance(text: str, content: str | None):
 
 
 def test_rewards_are_found_under_the_names_that_the_config_allows():
-    assert {"last_line": last_line, "boxed": boxed} == REWARDS
+    assert reward_named("last_line") is last_line and reward_named("boxed") is boxed
+    for name, own in REWARDS.items():
+        assert callable(own.load(name))

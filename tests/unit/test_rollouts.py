@@ -13,8 +13,8 @@ import pytest
 from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.resets import RULES
-from megatron_srpo.rewards import last_line
-from megatron_srpo.rewards.judge import RewardJudge
+from megatron_srpo.rewards.exact import last_line
+from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles, roll_out
 from megatron_srpo.types import Completion, Prompt, Request, Score, Start
 from tests.unit.builders import (
@@ -137,7 +137,7 @@ class Recorder:
 def test_a_response_is_scored_before_the_next_one_is_waited_for():
     recorder, cfg = Recorder(), config()
     rule = RULES["self"](cfg, TOKENIZER)
-    judge = RewardJudge(recorder.reward)
+    judge = in_place(recorder.reward)
     roles = Roles(generator=recorder, tokenizer=TOKENIZER, judge=judge, rule=rule)
     starts = [Start(prompt=prompt(), stage="base", index=index) for index in range(3)]
     roll_out(starts, name="0", roles=roles, cfg=cfg)
@@ -171,7 +171,7 @@ def test_no_stage_changes_what_it_was_given():
     cfg = config()
     rule = RULES["self"](cfg, TOKENIZER)
     generator = scripted(NAMED)
-    judge = RewardJudge(last_line)
+    judge = in_place(last_line)
     roles = Roles(generator=generator, tokenizer=TOKENIZER, judge=judge, rule=rule)
     (sample, *_) = samples_of(collect_groups([prompt()], step=0, roles=roles, cfg=cfg))
     for array in (sample.token_ids, sample.loss_weight, sample.advantage, sample.logprob):
