@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from megatron_srpo.config import Config, Section
+from megatron_srpo.config import Config
+from megatron_srpo.config_sections import Section
 from megatron_srpo.types import InputError
 
 

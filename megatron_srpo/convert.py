@@ -29,7 +29,7 @@ from megatron_srpo.checkpoint_folder import (
     read_manifest,
     write_manifest,
 )
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.engines.megatron import torch_dist
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh, destroy_mesh

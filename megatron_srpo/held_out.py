@@ -5,7 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from megatron_srpo.config import Config, EvalSet
+from megatron_srpo.config import Config
+from megatron_srpo.config_sections import EvalSet
 from megatron_srpo.data import PromptFormat, read_prompts
 from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.protocols import Tokenizer

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.advantages import CREDITS
-from megatron_srpo.config import Config, ParallelConfig
+from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
+from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.data import PromptFormat, PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.engines.megatron.names import padded_size

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_srpo.config import LossConfig
+from megatron_srpo.config_sections import LossConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from math import lcm
 from typing import Protocol, Self
 
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config_sections import ParallelConfig
 
 
 class Sizes(Protocol):

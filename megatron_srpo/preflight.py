@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.engines.megatron.mesh import LONGEST_WAIT, Mesh, build_mesh
 from megatron_srpo.rendezvous import meet
 from megatron_srpo.shared_folder import Token, problem_with, token_for

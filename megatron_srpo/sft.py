@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_srpo.claim import claimed
-from megatron_srpo.config import Config, LossConfig, SftConfig
+from megatron_srpo.config import Config
+from megatron_srpo.config_sections import LossConfig, SftConfig
 from megatron_srpo.data import EpochOrder, demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh

@@ -30,7 +30,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from megatron_srpo.config import LogConfig
+from megatron_srpo.config_sections import LogConfig
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.staging import append_durably, write_durably
 from megatron_srpo.stopwatch import Stopwatch

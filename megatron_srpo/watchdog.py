@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
-from megatron_srpo.config import DeadlineConfig
+from megatron_srpo.config_sections import DeadlineConfig
 
 STDERR = 2
 

@@ -92,7 +92,7 @@ def work(scratch: Path, repeat: int) -> None:
     set_environment()
     import torch
 
-    from megatron_srpo.config import LossConfig, OptimizerConfig
+    from megatron_srpo.config_sections import LossConfig, OptimizerConfig
     from megatron_srpo.engines.megatron.checkpoint import CheckpointWriter, load_checkpoint
     from megatron_srpo.engines.megatron.learner import MegatronLearner
     from megatron_srpo.engines.megatron.mesh import build_mesh, destroy_mesh

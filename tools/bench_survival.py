@@ -25,7 +25,7 @@ from typing import Any
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_srpo.colocation import Colocation
-from megatron_srpo.config import DeadlineConfig
+from megatron_srpo.config_sections import DeadlineConfig
 from megatron_srpo.guard import Guard
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.watchdog import Watchdog

@@ -20,8 +20,9 @@ from megatron_srpo.advantages import GroupNormalized
 from megatron_srpo.algorithm import collect_groups, to_samples
 from megatron_srpo.assembly import auxiliary_samples, build_learner, held_out_sums
 from megatron_srpo.batching import mini_batches
-from megatron_srpo.config import Config, DeadlineConfig
+from megatron_srpo.config import Config
 from megatron_srpo.config_file import field_names, load_config
+from megatron_srpo.config_sections import DeadlineConfig
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_srpo.config import ThoughtConfig
 from megatron_srpo.config_file import load_config
+from megatron_srpo.config_sections import ThoughtConfig
 from megatron_srpo.thoughts import split_thoughts
 from megatron_srpo.tokenizer import HFTokenizer
 

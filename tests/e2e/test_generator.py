@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config_sections import RolloutConfig
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator, completion_of
 from megatron_srpo.hf_folder import read_tensors

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.config_sections import OptimizerConfig
 from megatron_srpo.engines.megatron.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh

@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron_srpo.assembly import assemble
 from megatron_srpo.colocation import Colocation
-from megatron_srpo.config import RolloutConfig
 from megatron_srpo.config_file import load_config
+from megatron_srpo.config_sections import RolloutConfig
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange

@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_srpo.batching import mini_batches
-from megatron_srpo.config import KernelConfig, LossConfig, OptimizerConfig
+from megatron_srpo.config_sections import KernelConfig, LossConfig, OptimizerConfig
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from typing import Any
 
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config_sections import ParallelConfig
 from tests.launch import forked
 
 NUM_PROCESSES = 4

@@ -10,7 +10,7 @@ import torch
 
 from megatron_srpo.batching import mini_batches
 from megatron_srpo.colocation import Colocation
-from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.config_sections import OptimizerConfig
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.stopping import Point, StopPoints, StopRequested

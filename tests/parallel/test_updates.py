@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.batching import mini_batches, pack
-from megatron_srpo.config import LossConfig
+from megatron_srpo.config_sections import LossConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
-    "types protocols config config_file seeding environment exit_codes run_folder staging "
-    "shared_folder",
+    "types protocols config_sections config config_file seeding environment exit_codes run_folder "
+    "staging shared_folder",
     "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics stopwatch "
     "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels",

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from megatron_srpo import checkpoints
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config_sections import ParallelConfig
 
 
 def test_a_runs_checkpoint_states_the_runs_dtype_whatever_the_model_had(tmp_path: Path):

@@ -14,12 +14,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_srpo import config_file
-from megatron_srpo.config import AlgorithmConfig, Config, Section
+from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config, field_names, load_config
+from megatron_srpo.config_sections import AlgorithmConfig, Section
 from megatron_srpo.types import InputError
 from tests.unit.builders import DEFAULTS, config
 
 PACKAGE = Path(config_file.__file__).parent
+KNOBS = ("config_sections.py", "config.py")
 
 
 def written(folder: Path, text: str | None = None) -> Path:
@@ -367,7 +369,7 @@ Reads = set[tuple[str, str]]
 
 
 def sources(without: str = "") -> list[ast.Module]:
-    files = [f for f in sorted(PACKAGE.rglob("*.py")) if f.name not in ("config.py", without)]
+    files = [f for f in sorted(PACKAGE.rglob("*.py")) if f.name not in (*KNOBS, without)]
     return [ast.parse(file.read_text()) for file in files]
 
 
@@ -440,8 +442,8 @@ class Reader(ast.NodeVisitor):
 def config_types() -> tuple[Types, dict[tuple[str, str], Reads]]:
     """The sections' fields, and what each of the sections' properties reads."""
     reader, properties = Reader(types={}), {}
-    module = ast.parse((PACKAGE / "config.py").read_text())
-    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    modules = [ast.parse((PACKAGE / name).read_text()) for name in KNOBS]
+    classes = [n for module in modules for n in module.body if isinstance(n, ast.ClassDef)]
     for node in classes:
         reader.visit_ClassDef(node)
     for node in classes:

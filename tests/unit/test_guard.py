@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_srpo import guard
 from megatron_srpo.colocation import Colocation
-from megatron_srpo.config import DeadlineConfig
+from megatron_srpo.config_sections import DeadlineConfig
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.signals import SIGNALS
 from megatron_srpo.stopping import StopRequested

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.inputs import check_layout
 from megatron_srpo.types import InputError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_srpo.config import LossConfig
+from megatron_srpo.config_sections import LossConfig
 from megatron_srpo.loss import Counters, TokenTensors, add_counters, policy_loss, to_metrics
 
 NAN = float("nan")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_srpo.config import DeadlineConfig
+from megatron_srpo.config_sections import DeadlineConfig
 from megatron_srpo.watchdog import Watchdog, stacks
 
 CFG = DeadlineConfig(

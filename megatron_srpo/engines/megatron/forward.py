@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_srpo.batching import pack
-from megatron_srpo.config import KernelConfig
+from megatron_srpo.config_sections import KernelConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.context import with_others, zigzag
 from megatron_srpo.engines.megatron.logprobs import HEADS

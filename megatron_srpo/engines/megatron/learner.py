@@ -34,7 +34,7 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from megatron_srpo.config import KernelConfig, LossConfig, OptimizerConfig
+from megatron_srpo.config_sections import KernelConfig, LossConfig, OptimizerConfig
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.forward import Forward, one_or_all
 from megatron_srpo.engines.megatron.mesh import Mesh

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.engines.megatron import cpu
 from megatron_srpo.rendezvous import meet
 

@@ -12,7 +12,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.config_sections import OptimizerConfig
 from megatron_srpo.engines.megatron.cpu import cuda_type_names
 from megatron_srpo.engines.megatron.upstream import load_states, sharded_states
 

@@ -16,7 +16,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config_sections import RolloutConfig
 from megatron_srpo.protocols import NamedTensors
 from megatron_srpo.types import AlarmError, Completion, Floats, Request, Tokens
 
