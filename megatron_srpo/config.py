@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_srpo.types import Sandbox
+
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -318,7 +320,8 @@ class Config(Section):
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
     reward: str = "boxed"
     """last_line, boxed: where the response's answer stands, to be compared with `answer` as text;
-    or your own reward, FILE.py:FUNCTION, which runs in processes of its own."""
+    code: its last program, run on the tests in `answer`; or your own reward, FILE.py:FUNCTION,
+    which runs in processes of its own."""
     second_reward: str | None = None
     """Is asked about every response, too: how often both agree is a metric, and nothing else."""
     reward_workers: Count = 8
@@ -326,6 +329,8 @@ class Config(Section):
     reward_timeout_s: Positive = 60.0
     """For one response, in seconds. A reward in processes that takes longer, or whose process dies,
     is asked once more; then the response has no verdict."""
+    sandbox: Sandbox = "namespaces"
+    """The weakest in which programs may run, of bubblewrap, namespaces, limits."""
     data: DataConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     thoughts: ThoughtConfig = ThoughtConfig()

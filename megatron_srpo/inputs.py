@@ -122,6 +122,7 @@ def _judge(cfg: Config) -> RewardJudge:
         second=cfg.second_reward,
         timeout_s=cfg.reward_timeout_s,
         num_workers=cfg.reward_workers,
+        sandbox=cfg.sandbox,
     )
 
 
