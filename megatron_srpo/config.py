@@ -319,9 +319,9 @@ class Config(Section):
     micro_batch_tokens: Count = 16384
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
     reward: str = "boxed"
-    """last_line, boxed: where the response's answer stands, to be compared with `answer` as text;
-    code: its last program, run on the tests in `answer`; or your own reward, FILE.py:FUNCTION,
-    which runs in processes of its own."""
+    """last_line, boxed: the answer as text; math_verify, math_string; choice, yes_no, short, and
+    each with _lax; code: its last program, on the tests in `answer`; or yours, FILE.py:FUNCTION.
+    math_verify, code and yours run in processes of their own."""
     second_reward: str | None = None
     """Is asked about every response, too: how often both agree is a metric, and nothing else."""
     reward_workers: Count = 8

@@ -1607,7 +1607,7 @@ MUTATIONS = (
         'if not re.fullmatch("[A-Z]", answer):', "if not answer:",
         "a data set of other answers is graded wrong in silence"),
     Mutation("peeled-once", "rewards/boxed_words.py",
-        "    while words is not None and", "    if words is not None and",
+        "MOST_PEELED = 10", "MOST_PEELED = 1",
         r"\textbf{\text{B}} is no letter"),
     Mutation("first-yes", "rewards/yes_no.py",
         "words[-1] if", "words[0] if",

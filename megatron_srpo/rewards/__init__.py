@@ -29,6 +29,14 @@ class Own:
 REWARDS: dict[str, Own] = {
     "last_line": Own(file="exact"),
     "boxed": Own(file="exact"),
+    "math_verify": Own(file="math_verify", in_place=False),
+    "math_string": Own(file="math_string"),
+    "choice": Own(file="choice"),
+    "choice_lax": Own(file="choice"),
+    "yes_no": Own(file="yes_no"),
+    "yes_no_lax": Own(file="yes_no"),
+    "short": Own(file="short"),
+    "short_lax": Own(file="short"),
     "code": Own(file="code", in_place=False, built_by="Code"),
 }
 

@@ -6,6 +6,8 @@ import re
 
 from megatron_srpo.rewards.exact import last_boxed
 
+MOST_PEELED = 10
+"""Around each other: nobody means more, and thousands would keep the trainer waiting."""
 TYPESETTING = re.compile(r"\\(?:text|math|operatorname)[a-z]*\s*\{([^{}]*)\}")
 
 
@@ -16,6 +18,8 @@ def boxed_words(response: str) -> str | None:
     ('( B )', 'deep sea')
     """
     words = last_boxed(response)
-    while words is not None and (peeled := TYPESETTING.sub(r"\1", words)) != words:
-        words = peeled
-    return None if words is None else " ".join(words.split())
+    if words is None:
+        return None
+    for _ in range(MOST_PEELED):
+        words = TYPESETTING.sub(r"\1", words)
+    return " ".join(words.split())

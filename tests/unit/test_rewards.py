@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_srpo.rewards import REWARDS, reward_named
+from megatron_srpo.rewards.boxed_words import boxed_words
 from megatron_srpo.rewards.exact import boxed, last_boxed, last_line
 from megatron_srpo.types import Score
 from tests.unit.builders import prompt
@@ -63,6 +64,13 @@ def test_an_empty_box_is_no_missing_box():
 )
 def test_braces_of_a_box_balance(text: str, content: str | None):
     assert last_boxed(text) == content
+
+
+def test_what_is_read_in_place_is_peeled_a_few_times_only():
+    """A response of nothing but \\text{\\text{... would keep the trainer waiting for seconds."""
+    deep = {depth: rf"\boxed{{{r'\text{' * depth}B{'}' * depth}}}" for depth in (10, 11)}
+    assert boxed_words(deep[10]) == "B"
+    assert boxed_words(deep[11]) == r"\text{B}"
 
 
 def test_rewards_are_found_under_the_names_that_the_config_allows():
