@@ -68,9 +68,11 @@ def test_braces_of_a_box_balance(text: str, content: str | None):
 
 def test_what_is_read_in_place_is_peeled_a_few_times_only():
     """A response of nothing but \\text{\\text{... would keep the trainer waiting for seconds."""
-    deep = {depth: rf"\boxed{{{r'\text{' * depth}B{'}' * depth}}}" for depth in (10, 11)}
-    assert boxed_words(deep[10]) == "B"
-    assert boxed_words(deep[11]) == r"\text{B}"
+
+    def said(depth: int) -> str | None:
+        return boxed_words(r"\boxed{" + r"\text{" * depth + "B" + "}" * depth + "}")
+
+    assert (said(10), said(11)) == ("B", r"\text{B}")
 
 
 def test_rewards_are_found_under_the_names_that_the_config_allows():
