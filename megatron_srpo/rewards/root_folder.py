@@ -7,7 +7,7 @@ The interpreter, its standard library, the C library; nothing of it can be writt
 from __future__ import annotations
 
 import functools
-import json
+import marshal
 import os
 import shutil
 import sys
@@ -67,7 +67,7 @@ def command(level: Level, fds: Descriptors) -> list[str]:
         "files": [(STDIN, fds.stdin)],
     }
     start = [str(FOLDER / "namespaces.py"), str(os.getpid()), str(fds.info)]
-    return [*bare, *start, json.dumps(specification), *inside]
+    return [*bare, *start, marshal.dumps(specification).hex(), *inside]
 
 
 def _bubblewrap(fds: Descriptors) -> Iterator[str]:
@@ -110,6 +110,7 @@ def readable() -> tuple[str, ...]:
     return tuple(kept)
 
 
+@functools.cache
 def readable_alone(level: Level) -> list[str]:
     """The same without the installed packages, which lie below them: for rules that only allow."""
     paths = [] if level == "limits" else [STDIN]
@@ -136,5 +137,6 @@ def _hidden() -> list[str]:
 @functools.cache
 def _is_admin() -> bool:
     """May this process mount without a user namespace of its own?"""
-    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").open())
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
     return os.geteuid() == 0 and bool(int(status["CapEff"], 16) & CAP_SYS_ADMIN)

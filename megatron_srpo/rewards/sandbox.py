@@ -83,6 +83,7 @@ def run(
     *,
     level: Level,
     function: str | None = None,
+    prelude: str = "",
     limits: Limits | None = None,
     until: float | None = None,
 ) -> Run:
@@ -90,15 +91,15 @@ def run(
     but for `END_S`.
 
     With `function`, that function is called (a method of class Solution, if that has it) with the
-    JSON values in the lines of `stdin`. Raises `SandboxError`, and `OSError` if no process can be
-    started.
+    JSON values in the lines of `stdin`. `prelude` runs before the program. Raises `SandboxError`,
+    and `OSError` if no process can be started.
     """
     limits = limits or Limits()
     until = time.monotonic() + START_S + limits.wall_s if until is None else until
     with ExitStack() as stack:
         (ready, says_ready), (info, says_info) = _pipe(stack), _pipe(stack)
         fds = Descriptors(
-            job=_sealed(stack, _job(program, function, level, limits)),
+            job=_sealed(stack, _job(program, prelude, function, level, limits)),
             ready=says_ready,
             info=says_info,
             stdin=_sealed(stack, stdin),
@@ -120,11 +121,12 @@ def run(
         return supervised.to_the_end(wall_s=limits.wall_s, num_bytes=num_bytes, until=until)
 
 
-def _job(program: str, function: str | None, level: Level, limits: Limits) -> bytes:
+def _job(program: str, prelude: str, function: str | None, level: Level, limits: Limits) -> bytes:
     """For `inside.py`, whose interpreter is of the same version."""
     return marshal.dumps(
         {
             "program": program,
+            "prelude": prelude,
             "function": function,
             "level": level,
             "wall_s": limits.wall_s,

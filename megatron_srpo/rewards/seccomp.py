@@ -12,6 +12,7 @@ libseccomp's bindings are in no wheel.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ Instruction = tuple[int, int, int, int]
 """Operation, how many instructions to skip if true and if false, operand: struct sock_filter."""
 
 
+@functools.cache
 def program_filter(machine: str) -> bytes:
     """An array of struct sock_filter. `KeyError` for a machine whose numbers are not known."""
     architecture = AUDIT_ARCHITECTURES[machine]

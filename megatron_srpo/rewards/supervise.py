@@ -35,6 +35,11 @@ class Run:
     errors: bytes
     """Standard error."""
 
+    @property
+    def ended_well(self) -> bool:
+        """By itself, in time, without an error."""
+        return self.end == "exit" and self.exit_code == 0
+
 
 class SandboxError(RuntimeError):
     """The sandbox was not closed, so that the program was not run."""
@@ -78,26 +83,24 @@ class Supervised:
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
             stack.callback(os.close, ended)
             for fd in (*self._said, ended):
-                os.set_blocking(fd, False)
                 selector.register(fd, selectors.EVENT_READ)
             while (left_s := deadline - time.monotonic()) > 0:
                 events = {key.fd for key, _ in selector.select(left_s)}
-                for fd in events - {ended}:
-                    if not self._listen(fd):
-                        selector.unregister(fd)
+                self._listen(events - {ended}, selector)
                 if not has_begun and self._said[self._ready]:
                     has_begun, deadline = True, min(until, time.monotonic() + wall_s)
                 if len(self._said[self._output]) + len(self._said[self._errors]) > num_bytes:
                     return "output"
-                if ended in events and events == {ended}:  # nothing is left to be read
+                if events == {ended}:  # nothing is left to be read
                     return "exit"
         return "time"
 
-    def _listen(self, fd: int) -> bool:
-        """False if nothing more will come."""
-        heard = os.read(fd, CHUNK_BYTES)
-        self._said[fd] += heard
-        return bool(heard)
+    def _listen(self, fds: set[int], selector: selectors.BaseSelector) -> None:
+        for fd in fds:
+            heard = os.read(fd, CHUNK_BYTES)
+            self._said[fd] += heard
+            if not heard:
+                selector.unregister(fd)
 
     def _kill(self) -> None:
         """Process 1 first: what started it then ends by itself, and leaves no orphan."""
