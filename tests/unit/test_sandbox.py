@@ -77,9 +77,7 @@ def source(hostile: Hostile, stakes: Stakes) -> str:
 
 def attacked(name: str, level: Level, stakes: Stakes) -> Run:
     start = time.monotonic()
-    ran = run(
-        source(PROGRAMS[name], stakes), level=level, limits=LIMITS, until=start + DEADLINE_S
-    )
+    ran = run(source(PROGRAMS[name], stakes), level=level, limits=LIMITS, until=start + DEADLINE_S)
     assert time.monotonic() < start + DEADLINE_S + END_S
     return ran
 
@@ -170,8 +168,8 @@ def test_without_a_sandbox_hostile_programs_get_what_they_want(stakes: Stakes):
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stdout
 
     with ThreadPoolExecutor(4) as pool:
-        tame = [n for n, out in zip(harmless, pool.map(said, harmless)) if b"ESCAPED" not in out]
-    assert tame == []
+        said_by = dict(zip(harmless, pool.map(said, harmless), strict=True))
+    assert [name for name, words in said_by.items() if b"ESCAPED" not in words] == []
 
 
 def test_a_killed_trainer_leaves_no_program(level: Level = OFFERED[0]):
