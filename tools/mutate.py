@@ -63,7 +63,7 @@ def tests_of(file: str) -> list[str]:
     if file.startswith("engines/megatron/"):
         names += ["families", "convert"]
     if file.startswith("rewards/"):
-        names += ["process"]
+        names += ["rewards", "process"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]
     return [path for path in paths if (ROOT / path).is_file()]
 

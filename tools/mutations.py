@@ -1555,9 +1555,6 @@ MUTATIONS = (
     Mutation("answer-from-the-middle", "rewards/math_verify.py",
         '        extraction_mode="first_match",\n', "",
         "what can be read of an answer is taken for it"),
-    Mutation("answer-without-box", "rewards/math_verify.py",
-        "try_extract_without_anchor=False", "try_extract_without_anchor=True",
-        "what can be read of an answer is taken for it"),
     Mutation("whole-response-is-read", "rewards/math_verify.py",
         "_read(answer), timeout", "_read(response), timeout",
         "the library chooses among boxes"),
@@ -1628,7 +1625,8 @@ MUTATIONS = (
         ".casefold()", "",
         "Iron is not iron"),
     Mutation("lax-of-nothing", "rewards/short.py",
-        "    if not answer:\n        return no_verdict(f", "    if False:\n        return no_verdict(f",
+        "    if not answer:\n        return no_verdict(f",
+        "    if False:\n        return no_verdict(f",
         "everything contains an answer of punctuation"),
 )
 # fmt: on

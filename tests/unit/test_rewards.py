@@ -65,5 +65,9 @@ def test_braces_of_a_box_balance(text: str, content: str | None):
     assert last_boxed(text) == content
 
 
+def test_a_response_of_nothing_but_open_boxes_is_read_once():
+    assert last_boxed(r"\boxed{1}" + r"\boxed{" * 20_000) == "1"
+
+
 def test_rewards_are_found_under_the_names_that_the_config_allows():
     assert {"last_line": last_line, "boxed": boxed} == REWARDS
