@@ -5,9 +5,9 @@
 2,048 math answers, half of them right, at the end of responses of some 2 kB, through the processes
 of `rewards/judge.py`, as `roll_out` does it. Two ways to feed them:
 
-at a pace   as an engine gives them that takes `--seconds`: the trainer's own seconds of CPU, without
-            those of the stand-in engine, as a share of the wall time, and the wait that is left
-            when the last response has come
+at a pace   as an engine gives them that takes `--seconds`: the trainer's own seconds of CPU,
+            without those of the stand-in engine, as a share of the wall time, and the wait that is
+            left when the last response has come
 at once     how many items a second 1, 2 and 8 processes do, and the trainer's CPU for one item
 """
 

@@ -35,6 +35,8 @@ ALGORITHM = (
 )  # fmt: skip
 """Files that every step goes through."""
 TESTED_TOGETHER = {
+    "rewards": ("exact", "boxed_words"),
+    "choice": ("boxed_words",),
     "process": ("judge", "verdict", "worker", "workers"),
     "workers": ("judge", "process", "worker"),
     "sandbox": ("root_folder", "supervise", "inside", "namespaces"),

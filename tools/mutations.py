@@ -1454,14 +1454,10 @@ MUTATIONS = (
     Mutation("asked-at-the-end", "rewards/judge.py",
         "for prompt, response in items:", "for prompt, response in [*items]:",
         "rewards wait for the engine"),
-    Mutation("first-then-second", "rewards/judge.py",
-        "            while not all(round.is_done for round in rounds):\n"
-        "                ready([fd for round in rounds for fd in round.descriptors], within_s=LOOK_S)\n"
-        "                for round in rounds:\n                    round.advance()\n",
-        "            for round in rounds:\n                while not round.is_done:\n"
-        "                    ready(round.descriptors, within_s=LOOK_S)\n"
-        "                    round.advance()\n",
-        "the second reward's processes rest until the first's are done"),
+    Mutation("second-not-awaited", "rewards/judge.py",
+        "while not all(round.is_done for round in rounds):",
+        "while not all(round.is_done for round in rounds[:1]):",
+        "the second reward's answers are not waited for"),
     Mutation("second-decides", "rewards/judge.py",
         "return replace(score, second_opinion=", "return replace(second, second_opinion=",
         "the policy is trained on the second reward"),
@@ -1618,9 +1614,6 @@ MUTATIONS = (
     Mutation("answer-from-the-middle", "rewards/math_verify.py",
         '        extraction_mode="first_match",\n', "",
         "what can be read of an answer is taken for it"),
-    Mutation("answer-without-box", "rewards/math_verify.py",
-        "try_extract_without_anchor=False", "try_extract_without_anchor=True",
-        "what can be read of an answer is taken for it"),
     Mutation("whole-response-is-read", "rewards/math_verify.py",
         "_read(answer), timeout", "_read(response), timeout",
         "the library chooses among boxes"),
@@ -1691,7 +1684,8 @@ MUTATIONS = (
         ".casefold()", "",
         "Iron is not iron"),
     Mutation("lax-of-nothing", "rewards/short.py",
-        "    if not answer:\n        return no_verdict(f", "    if False:\n        return no_verdict(f",
+        "    if not answer:\n        return no_verdict(f",
+        "    if False:\n        return no_verdict(f",
         "everything contains an answer of punctuation"),
     # --- code and its sandbox ---
     Mutation("processes-allowed", "rewards/seccomp.py",

@@ -31,7 +31,7 @@ from megatron_srpo.types import Prompt, Score
 LIMIT_S = 5
 """Whole seconds for each of three: reading the right answer, reading the other, comparing them.
 The library's own defaults; usual answers take less than 0.2 s in all."""
-BOX = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+BOX = LatexExtractionConfig(boxed_match_priority=0)
 
 # It warns of each answer that took too long, which says nothing about the run.
 logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_srpo.rewards.boxed_words import boxed_words
 from megatron_srpo.rewards.choice import choice, choice_lax
 from tests.unit.builders import prompt
 
@@ -91,18 +90,3 @@ def test_a_right_answer_of_either_case_is_a_letter_and_anything_else_has_no_verd
     for answer in ("", "12", "AB", "(B)", "é"):
         score = reward(prompt(answer=answer), r"\boxed{B}")
         assert not score.correct and score.failure and repr(answer) in score.failure
-
-
-@pytest.mark.parametrize(
-    "response, words",
-    [
-        (r"\boxed{\text{deep  sea}}", "deep sea"),
-        (r"\boxed{\textbf{\text{ a }} b}", "a b"),
-        (r"\boxed{\operatorname{rank}}", "rank"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{}", ""),
-        ("deep sea", None),
-    ],
-)
-def test_commands_that_only_set_type_are_no_words(response: str, words: str | None):
-    assert boxed_words(response) == words

@@ -75,6 +75,10 @@ def test_what_is_read_in_place_is_peeled_a_few_times_only():
     assert (said(10), said(11)) == ("B", r"\text{B}")
 
 
+def test_a_response_of_nothing_but_open_boxes_is_read_once():
+    assert last_boxed(r"\boxed{1}" + r"\boxed{" * 20_000) == "1"
+
+
 def test_rewards_are_found_under_the_names_that_the_config_allows():
     assert reward_named("last_line", timeout_s=1) is last_line
     assert reward_named("boxed", timeout_s=1) is boxed
