@@ -28,6 +28,7 @@ from megatron_srpo.config_sections import (
     SftConfig,
     ThoughtConfig,
 )
+from megatron_srpo.types import Sandbox
 
 
 class Config(Section):
@@ -47,8 +48,9 @@ class Config(Section):
     micro_batch_tokens: Count = 16384
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
     reward: str = "boxed"
-    """last_line, boxed: where the response's answer stands, to be compared with `answer` as text;
-    or your own reward, FILE.py:FUNCTION, which runs in processes of its own."""
+    """last_line, boxed: the answer as text; math_verify, math_string; choice, yes_no, short, and
+    each with _lax; code: its last program, on the tests in `answer`; or yours, FILE.py:FUNCTION.
+    math_verify, code and yours run in processes of their own."""
     second_reward: str | None = None
     """Is asked about every response, too: how often both agree is a metric, and nothing else."""
     reward_workers: Count = 8
@@ -56,6 +58,8 @@ class Config(Section):
     reward_timeout_s: Positive = 60.0
     """For one response, in seconds. A reward in processes that takes longer, or whose process dies,
     is asked once more; then the response has no verdict."""
+    sandbox: Sandbox = "namespaces"
+    """The weakest in which programs may run, of bubblewrap, namespaces, limits."""
     data: DataConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     thoughts: ThoughtConfig = ThoughtConfig()

@@ -19,6 +19,7 @@ def set_environment() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the trainer's process
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "SYMPY_GROUND_TYPES": "python",  # no alarm ends what gmpy2 computes for a grader
     }
     if _has_cpu_engine():
         # Compiling costs more than it saves on models that a CPU can train.

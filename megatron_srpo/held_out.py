@@ -17,7 +17,11 @@ from megatron_srpo.types import InputError, Prompt
 def judge_of(cfg: Config, reward: str, second: str | None) -> RewardJudge:
     """Of the rewards of these names, as the config has them run."""
     return judge_named(
-        reward, second=second, timeout_s=cfg.reward_timeout_s, num_workers=cfg.reward_workers
+        reward,
+        second=second,
+        timeout_s=cfg.reward_timeout_s,
+        num_workers=cfg.reward_workers,
+        sandbox=cfg.sandbox,
     )
 
 

@@ -77,6 +77,8 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
                 f"{len(inputs.dropped)} prompts are longer than {cfg.data.max_prompt_tokens} "
                 f"tokens and were left out: {', '.join(inputs.dropped[:5])} ..."
             )
+        for note in run.judge.inner.notes:
+            telemetry.say(note)
         if progress.summary:
             telemetry.say(progress.summary)
         if progress.checkpoint:

@@ -17,6 +17,8 @@ Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Stage = Literal["base", "extra", "suffix"]
 Purpose = Literal["base", "extra", "suffix", "localize", "eval", "probe"]
+Sandbox = Literal["bubblewrap", "namespaces", "limits"]
+"""Where programs of a policy run, strongest first."""
 
 
 class InputError(ValueError):

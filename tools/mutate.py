@@ -34,6 +34,15 @@ ALGORITHM = (
     "types",
 )  # fmt: skip
 """Files that every step goes through."""
+TESTED_TOGETHER = {
+    "rewards": ("exact", "boxed_words"),
+    "choice": ("boxed_words",),
+    "process": ("judge", "verdict", "worker", "workers"),
+    "workers": ("judge", "process", "worker"),
+    "sandbox": ("root_folder", "supervise", "inside", "namespaces"),
+    "code": ("output", "prelude"),
+}
+"""Tests: files that they mirror, beside the one of their name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +73,9 @@ def tests_of(file: str) -> list[str]:
     names = [own, "algorithm", "cases", "rollouts"] if own in ALGORITHM else [own]
     if file.startswith("engines/megatron/"):
         names += ["families", "convert"]
-    if file.startswith("rewards/"):
-        names += ["process"]
     if file.startswith("../tools/prepare"):
         names = ["prepare_data", "prepare_sets"]
+    names += [tests for tests, files in TESTED_TOGETHER.items() if own in files]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]
     return [path for path in paths if (ROOT / path).is_file()]
 

@@ -64,6 +64,9 @@ class Code:
         self._budget_s = timeout_s - SPARE_S
         self._limits = limits or Limits()
 
+    def __str__(self) -> str:
+        return f"programs run in the sandbox {self.level}"
+
     def __call__(self, prompt: Prompt, response: str) -> Score:
         """Raises `InputError` if the prompt's answer holds no tests."""
         until = time.monotonic() + self._budget_s

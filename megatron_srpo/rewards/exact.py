@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from megatron_srpo.rewards.verdict import right_if
 from megatron_srpo.types import Prompt, Score
 
 
@@ -21,18 +24,15 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1} or \boxed{\frac{1}{2}} and \boxed{3")
     '\\frac{1}{2}'
     """
-    begin = "\\boxed{"
-    at = text.rfind(begin)
-    while at >= 0:
-        depth = 1
-        for end in range(at + len(begin), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[at + len(begin) : end]
-        at = text.rfind(begin, 0, at)
-    return None
+    opened: list[int] = []
+    begin = end = 0
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append(0 if brace[0] == "{" else brace.end())
+        elif opened and (content := opened.pop()) > begin:
+            begin, end = content, brace.start()
+    return text[begin:end] if begin else None
 
 
 def _compare(answer: str | None, prompt: Prompt) -> Score:
-    correct = answer is not None and answer.strip() == prompt.answer.strip()
-    return Score(value=float(correct), correct=correct)
+    return right_if(answer is not None and answer.strip() == prompt.answer.strip())

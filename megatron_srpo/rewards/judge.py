@@ -7,42 +7,46 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from megatron_srpo.protocols import Reward
 from megatron_srpo.rewards import REWARDS, reward_named
 from megatron_srpo.rewards.process import Worker
 from megatron_srpo.rewards.verdict import RewardError, checked
 from megatron_srpo.rewards.workers import LOOK_S, Workers, ready
-from megatron_srpo.types import Prompt, Score
+from megatron_srpo.types import Prompt, Sandbox, Score
 
 
 def judge_named(
-    name: str, *, second: str | None = None, timeout_s: float, num_workers: int
+    name: str,
+    *,
+    second: str | None = None,
+    timeout_s: float,
+    num_workers: int,
+    sandbox: Sandbox = "namespaces",
 ) -> RewardJudge:
     """Of the package's own rewards those that only compare texts stay in this process. Costs
     nothing until it is asked.
 
     `second`: a reward that is asked too, and changes no score; `timeout_s`: for one response;
-    `num_workers`: processes of a reward at most. Raises `InputError` if there is no such reward.
+    `num_workers`: processes of a reward at most; `sandbox`: the weakest in which programs may run.
+    Raises `InputError` if there is no such reward, or if this machine has no such sandbox.
     """
-    return RewardJudge(
-        tuple(
-            _asked(each, key=key, timeout_s=timeout_s, num_workers=num_workers)
-            for key, each in {"reward": name, "second_reward": second}.items()
-            if each is not None
-        )
-    )
-
-
-def _asked(name: str, *, key: str, timeout_s: float, num_workers: int) -> InPlace | Workers:
-    role = key.replace("_", " ")
-    if name in REWARDS and REWARDS[name].in_place:
-        return InPlace(reward_named(name, key=key), role)
-    if name not in REWARDS:
-        reward_named(name, key=key)  # only for what it refuses
-    return Workers(
-        start=partial(Worker, name), role=role, timeout_s=timeout_s, num_workers=num_workers
-    )
+    names = {"reward": name} | ({"second_reward": second} if second is not None else {})
+    told: dict[str, Any] = {"timeout_s": timeout_s, "sandbox": sandbox}
+    rewards: list[InPlace | Workers] = []
+    notes: list[str] = []
+    for key, each in names.items():
+        own, role = REWARDS.get(each), key.replace("_", " ")
+        here = reward_named(each, key=key, **told)  # also what runs elsewhere, for what it refuses
+        if own is not None and own.in_place:
+            rewards.append(InPlace(here, role))
+        else:
+            start = partial(Worker, each, **told)
+            rewards.append(Workers(start=start, role=role, num_workers=num_workers))
+        if own is not None and own.built_by is not None:
+            notes.append(f"{key}={each}: {here}")
+    return RewardJudge(rewards, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class RewardJudge:
 
     rewards: Sequence[InPlace | Workers]
     """The one that counts, and maybe a second opinion."""
+    notes: tuple[str, ...] = ()
+    """What the user is told when it is first asked."""
 
     def judge(
         self, items: Iterable[tuple[Prompt, str]], *, tick: Callable[[], None] = lambda: None

@@ -17,7 +17,7 @@ import weakref
 from multiprocessing.connection import Connection, Pipe
 
 from megatron_srpo.rewards.verdict import RewardRaisedError
-from megatron_srpo.types import Prompt, Score
+from megatron_srpo.types import Prompt, Sandbox, Score
 
 START_S = 120.0
 """So long the reward's file may take to be imported."""
@@ -39,11 +39,10 @@ class Worker:
     One thread may use it: the process ends with that thread.
     """
 
-    def __init__(self, name: str) -> None:
-        """`name`: of the package's own, or FILE.py:FUNCTION, where `extensions.find` finds
-        something. Raises `StartError` if there can be no process."""
+    def __init__(self, name: str, *, timeout_s: float, sandbox: Sandbox = "namespaces") -> None:
+        """Arguments as of `reward_named`. Raises `StartError` if there can be no process."""
         self._channel, theirs = Pipe()
-        serve = (theirs.fileno(), name, os.getpid())
+        serve = (theirs.fileno(), os.getpid(), name, timeout_s, sandbox)
         # What can be imported here can be imported there; the main module is not.
         program = (
             f"import sys; sys.path[:] = {[*map(str, sys.path)]}; "
@@ -63,17 +62,16 @@ class Worker:
         self.end = weakref.finalize(self, _kill, self._process, self._channel, os.getpid())
         """Ends the process with all that it started."""
         self._is_started, self._unsent = False, b""
-        self._timeout_s, self._deadline = 0.0, time.monotonic() + START_S
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + START_S
 
     def fileno(self) -> int:
         """Can be read when there is something to hear."""
         return self._channel.fileno()
 
-    def ask(self, prompt: Prompt, response: str, *, timeout_s: float) -> None:
+    def ask(self, prompt: Prompt, response: str) -> None:
         """Of a process that has answered, or that has not been asked yet: then its time begins when
         it has started."""
         item = pickle.dumps((prompt, response))
-        self._timeout_s = timeout_s
         if self._is_started:
             self._begin(item)
         elif len(item) > NUM_BUFFERED:

@@ -1,10 +1,10 @@
 """What did an untrusted program print?   run where it can neither see nor harm anything
 
 Three levels, strongest first: bubblewrap (its `bwrap`), namespaces (`namespaces.py` in its place),
-limits (the machine's own root folder). On every level `inside.py` gives up what a process can give
-up itself: memory, time, threads and output are limited, and there is no system call (`seccomp.py`)
-that would make a process, open a file for writing, make a socket or send a signal. So one kill ends
-all that a program is, and nothing is left of it.
+limits (no namespaces: Landlock hides the machine's files). On every level `inside.py` gives up what
+a process can give up itself: memory, time, threads and output are limited, and there is no system
+call (`seccomp.py`) that would make a process, open a file for writing, make a socket or send a
+signal. So one kill ends all that a program is, and nothing is left of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_srpo.rewards.root_folder import (
     Descriptors,
     Level,
     command,
-    readable_alone,
+    rules,
 )
 from megatron_srpo.rewards.seccomp import program_filter
 from megatron_srpo.rewards.supervise import START_S, Run, SandboxError, Supervised
@@ -133,7 +133,7 @@ def _job(program: str, prelude: str, function: str | None, level: Level, limits:
             "memory_bytes": limits.memory_mb * 2**20,
             "num_threads": limits.num_threads,
             "user": FIRST_USER + threading.get_native_id(),
-            "paths": readable_alone(level),
+            "paths": rules(level),
             "filter": program_filter(platform.machine()),
         }
     )

@@ -44,6 +44,16 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def right_if(correct: bool) -> Score:
+    """A verdict without degrees."""
+    return Score(value=float(correct), correct=correct)
+
+
+def no_verdict(why: str) -> Score:
+    """The item cannot be judged, whatever the response says."""
+    return Score(value=0.0, correct=False, failure=why)
+
+
 def checked(score: object) -> Score:
     """Plain numbers, whatever numbers came. Raises `TypeError` and `ValueError` for what is no
     verdict."""

@@ -16,18 +16,18 @@ from multiprocessing.connection import Connection
 
 from megatron_srpo.rewards import reward_named
 from megatron_srpo.rewards.verdict import RewardRaisedError, checked
-from megatron_srpo.types import Prompt
+from megatron_srpo.types import Prompt, Sandbox
 
 PR_SET_PDEATHSIG = 1
 """linux/prctl.h: the signal that a process gets when the thread that started it ends."""
 
 
-def serve(descriptor: int, name: str, trainer: int) -> None:
+def serve(descriptor: int, trainer: int, name: str, timeout_s: float, sandbox: Sandbox) -> None:
     """Says None when the reward is imported, then a `Score` for each (prompt, response), until
     nobody listens. What the file or the reward raises is said instead, and ends the process.
 
-    `descriptor`: an end of the connection, which stays open until the process is gone; `name`: of
-    the package's own, or FILE.py:FUNCTION; `trainer`: id of the process that asks.
+    `descriptor`: an end of the connection, which stays open until the process is gone; `trainer`:
+    id of the process that asks; the others as of `reward_named`.
     """
     _end_with(trainer)
     # A launcher that stops a run signals all processes: the trainer still needs this one then. Not
@@ -38,7 +38,7 @@ def serve(descriptor: int, name: str, trainer: int) -> None:
     sys.excepthook = _left_to_the_trainer
     channel = Connection(os.dup(descriptor))
     with _saying_what_is_raised(channel):
-        reward = reward_named(name)
+        reward = reward_named(name, timeout_s=timeout_s, sandbox=sandbox)
         channel.send(None)
         for prompt, response in _items(channel):
             channel.send(checked(reward(prompt, response)))

@@ -27,8 +27,6 @@ class Workers:
     start: Callable[[], Worker]
     role: str
     """What messages call it."""
-    timeout_s: float
-    """For one response, from when a process has been asked about it."""
     num_workers: int
     """At most."""
     idle: list[Worker] = field(default_factory=list[Worker])
@@ -130,7 +128,7 @@ class Round:
 
     def _ask(self, worker: Worker, task: _Task) -> None:
         self._busy[worker.fileno()] = (worker, task)
-        worker.ask(task.prompt, task.response, timeout_s=self._workers.timeout_s)
+        worker.ask(task.prompt, task.response)
 
     def _attend(self, descriptor: int, to: Callable[[Worker, _Task], None]) -> None:
         worker, task = self._busy[descriptor]

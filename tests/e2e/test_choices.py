@@ -139,7 +139,7 @@ ELSEWHERE = {
     *(f"deadlines.{name}" for name in DeadlineConfig.model_fields),
     # when a reward is given up, which changes none that answers, how many are asked at once, and
     # a metric: tests/unit/test_process.py, test_workers.py
-    "reward_timeout_s", "reward_workers", "second_reward",
+    "reward_timeout_s", "reward_workers", "second_reward", "sandbox",
     # an alarm: test_faults.py; parts of the user's: test_extensions.py; tests/unit/test_localize.py
     "max_logprob_diff", "reward", "credit.rule", "localize.chat",
 }  # fmt: skip

@@ -109,9 +109,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judge_of(name: str, *, timeout_s: float = 20, num_workers: int = 2) -> RewardJudge:
     """Without a look at the file in this process."""
-    start = partial(Worker, name)
-    workers = Workers(start=start, role="reward", timeout_s=timeout_s, num_workers=num_workers)
-    return RewardJudge([workers])
+    start = partial(Worker, name, timeout_s=timeout_s)
+    return RewardJudge([Workers(start=start, role="reward", num_workers=num_workers)])
 
 
 def asking(name: str, *, timeout_s: float = 20) -> Callable[[str], Score]:

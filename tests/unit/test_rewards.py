@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_srpo.rewards import REWARDS, reward_named
+from megatron_srpo.rewards.boxed_words import boxed_words
 from megatron_srpo.rewards.exact import boxed, last_boxed, last_line
 from megatron_srpo.types import Score
 from tests.unit.builders import prompt
@@ -65,7 +66,21 @@ def test_braces_of_a_box_balance(text: str, content: str | None):
     assert last_boxed(text) == content
 
 
+def test_what_is_read_in_place_is_peeled_a_few_times_only():
+    """A response of nothing but \\text{\\text{... would keep the trainer waiting for seconds."""
+
+    def said(depth: int) -> str | None:
+        return boxed_words(r"\boxed{" + r"\text{" * depth + "B" + "}" * depth + "}")
+
+    assert (said(10), said(11)) == ("B", r"\text{B}")
+
+
+def test_a_response_of_nothing_but_open_boxes_is_read_once():
+    assert last_boxed(r"\boxed{1}" + r"\boxed{" * 20_000) == "1"
+
+
 def test_rewards_are_found_under_the_names_that_the_config_allows():
-    assert reward_named("last_line") is last_line and reward_named("boxed") is boxed
-    for name, own in REWARDS.items():
-        assert callable(own.load(name))
+    assert reward_named("last_line", timeout_s=1) is last_line
+    assert reward_named("boxed", timeout_s=1) is boxed
+    for name in REWARDS:
+        assert callable(reward_named(name, timeout_s=60, sandbox="limits"))

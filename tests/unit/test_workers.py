@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_srpo.rewards import sandbox
 from megatron_srpo.rewards.judge import RewardJudge, in_place, judge_named
 from megatron_srpo.rewards.verdict import RewardError
 from megatron_srpo.rewards.workers import Workers, ready
 from megatron_srpo.stopping import StopRequested
-from megatron_srpo.types import Prompt, Score
+from megatron_srpo.types import InputError, Prompt, Score
 from tests.unit.test_process import PROMPT, is_running, judge_of, named, wait_until
 
 FILE = '''
@@ -260,3 +261,29 @@ def test_a_prompt_arrives_whole(three: RewardJudge) -> None:
     )
     (score,) = three.judge([(prompt, "number 1")])
     assert score.correct
+
+
+# --- code ---------------------------------------------------------------------------------------
+
+
+def test_programs_are_judged_in_processes_each_within_its_time(tmp_path: Path) -> None:
+    judge = judge_named("code", timeout_s=5, num_workers=2, sandbox="limits")
+    (note,) = judge.notes
+    assert note.startswith("reward=code: programs run in the sandbox ")
+    answer = '{"tests": [{"input": "1 2", "output": "3"}, {"input": "2 2", "output": "4"}]}'
+    prompt = Prompt(id="p", text="", token_ids=np.zeros(1, np.int32), answer=answer)
+    programs = ("print(sum(map(int, input().split())))", "print(3)", "while True: pass")
+    scores = judge.judge((prompt, f"```python\n{program}\n```") for program in programs)
+    assert scores == [
+        Score(value=1.0, correct=True),
+        Score(value=0.5, correct=False),
+        Score(value=0.0, correct=False),
+    ]
+
+
+def test_a_sandbox_weaker_than_the_config_accepts_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sandbox, "strongest", lambda: "limits")
+    with pytest.raises(InputError, match="sandbox=namespaces: this machine offers limits only"):
+        judge_named("boxed", second="code", timeout_s=20, num_workers=2)
