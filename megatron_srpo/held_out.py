@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_srpo.config import Config
 from megatron_srpo.config_sections import EvalSet
 from megatron_srpo.data import PromptFormat, read_prompts
 from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.protocols import Tokenizer
+from megatron_srpo.rewards.code import asked_by
 from megatron_srpo.rewards.judge import RewardJudge, judge_named
 from megatron_srpo.types import InputError, Prompt
 
@@ -45,7 +47,18 @@ def _read_set(
     )
     if each.reward is not None:
         judge = judge_of(cfg, each.reward, each.second_reward)
+    check_answers(prompts, each.reward or cfg.reward, each.data)
     return HeldOut(name=name, prompts=prompts[: cfg.eval.num_prompts], judge=judge), too_long
+
+
+def check_answers(prompts: Sequence[Prompt], reward: str, path: Path) -> None:
+    """Raises `InputError` for an answer that a reward of the package's own cannot compare with."""
+    if reward == "code":
+        for prompt in prompts:
+            try:
+                asked_by(prompt.answer)
+            except InputError as error:
+                raise InputError(f"{path}: problem {prompt.id!r}: {error}") from error
 
 
 def check_disjoint(prompts: Sequence[Prompt], sets: Sequence[HeldOut], cfg: Config) -> None:

@@ -19,7 +19,7 @@ from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.engines.megatron.names import padded_size
 from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.extensions import build
-from megatron_srpo.held_out import check_disjoint, judge_of, read_held_out
+from megatron_srpo.held_out import check_answers, check_disjoint, judge_of, read_held_out
 from megatron_srpo.hf_config import completed_config, head_size, num_experts, num_kv_heads
 from megatron_srpo.hf_folder import tensor_shapes, weight_files
 from megatron_srpo.journal import check_replay
@@ -83,6 +83,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
         max_prompt_tokens=cfg.data.max_prompt_tokens,
         long_prompts=cfg.data.long_prompts,
     )
+    check_answers(prompts, cfg.reward, cfg.data.train)
     sets, also_dropped = read_held_out(cfg, tokenizer, judge)
     check_disjoint(prompts, sets, cfg)
     if len(prompts) < cfg.algorithm.num_prompts:

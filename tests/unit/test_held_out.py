@@ -85,3 +85,9 @@ def test_programs_are_not_measured_by_the_tests_that_they_were_trained_on():
     measured = [prompt("Add a number to itself", id="m", answer=tests)]
     assert "problem 'm' is also in train.jsonl, as 't'" in refusal(trained, measured, "code")
     assert not refusal(trained, measured, "boxed")  # other problems may share an answer
+
+
+def test_an_answer_without_tests_is_refused_where_programs_are_judged(tmp_path: Path):
+    sets = {"programs": {"data": file(tmp_path, "programs", "a"), "reward": "code"}}
+    with pytest.raises(InputError, match=r"programs.jsonl: problem 'row1': the answer .* JSON"):
+        read(config(eval={"sets": sets}, sandbox="limits"))
