@@ -47,9 +47,11 @@ def main(job_fd: int, ready_fd: int) -> None:
         job: dict[str, Any] = marshal.load(file)
     _limit(job)
     _call(LIBC.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    has_landlock = _only_read(job["paths"])
+    has_own_root = job["level"] != "limits"
+    if not _only_read(job["paths"]) and not has_own_root:
+        raise OSError("this kernel has no Landlock: nothing would hide the machine's files")
     if os.geteuid() == 0:
-        _become(job["user"], keeps_reading=has_landlock and job["level"] == "limits")
+        _become(job["user"], keeps_reading=not has_own_root)
     _call(LIBC.prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     os.closerange(3, ready_fd)
     os.closerange(ready_fd + 1, 2**20)
@@ -126,8 +128,8 @@ def _only_read(paths: list[str]) -> bool:
 def _become(user: int, *, keeps_reading: bool) -> None:
     """Root becomes a user without rights: limits on processes bind no root.
 
-    Where there is no other root folder, the interpreter's files may be readable by root only
-    (`keeps_reading`); what else could be read so is Landlock's to refuse.
+    In the machine's own root folder the interpreter may be readable by root only
+    (`keeps_reading`): what else could be read so is Landlock's to refuse.
     """
     if keeps_reading:
         _call(LIBC.prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0)

@@ -1,7 +1,7 @@
 """What of this machine does a program under test see?   -> the command that starts it
 
 The interpreter, its standard library, the C library; nothing of it can be written. At level
-`limits` the root folder is the machine's, and Landlock, where the kernel has it, shows the same.
+`limits` the root folder is the machine's, and Landlock lets the same be read.
 """
 
 from __future__ import annotations

@@ -171,8 +171,12 @@ attempt(os.symlink, SECRET_FILE, TOKEN)
 attempt(lambda: open(TOKEN).read())
 """),
     "folders of others": Hostile(is_harmless=True, program="""
-for folder in (HOME, REPOSITORY, "/etc", "/home", os.path.dirname(SECRET_FILE), "/sys", "/proc/1"):
-    attempt(os.listdir, folder)
+known = {REPOSITORY: "README.md", "/etc": "passwd", os.path.dirname(SECRET_FILE): "secret",
+         "/proc/%d" % PARENT: "environ", "/sys": "kernel", "/usr": "sbin"}
+for folder, name in known.items():
+    try:
+        if name in os.listdir(folder): escaped(folder)
+    except OSError: pass
 for file in ("/etc/passwd", "/etc/hosts", REPOSITORY + "/README.md"): attempt(open, file)
 """),
     "installed packages": Hostile(is_harmless=True, program="""

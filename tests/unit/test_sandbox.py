@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import marshal
 import os
 import secrets
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_srpo.rewards import sandbox
+from megatron_srpo.rewards import inside, sandbox
 from megatron_srpo.rewards.root_folder import FOLDER, LEVELS, PYTHON, Level
 from megatron_srpo.rewards.sandbox import Limits, checked, run, strongest
 from megatron_srpo.rewards.supervise import END_S, Run, SandboxError
@@ -296,6 +297,19 @@ def test_the_strongest_level_that_works_is_in_use(monkeypatch: pytest.MonkeyPatc
     assert strongest() == OFFERED[0]
     monkeypatch.setenv("PATH", "/nowhere")
     assert strongest.__wrapped__() == next(x for x in OFFERED if x != "bubblewrap")
+
+
+def test_without_landlock_nothing_runs_in_the_machine_s_own_root_folder(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(inside, "_only_read", lambda paths: False)
+    monkeypatch.setattr(inside, "_limit", lambda job: None)
+    monkeypatch.setattr(inside, "_call", lambda *_: 0)
+    with open(os.memfd_create("job"), "w+b") as job:
+        marshal.dump({"level": "limits", "paths": []}, job)
+        job.seek(0)
+        with pytest.raises(OSError, match="this kernel has no Landlock"):
+            inside.main(os.dup(job.fileno()), 1)
 
 
 def test_a_sandbox_that_cannot_be_closed_runs_nothing(monkeypatch: pytest.MonkeyPatch):
