@@ -34,6 +34,11 @@ ALGORITHM = (
     "types",
 )  # fmt: skip
 """Files that every step goes through."""
+TESTED_TOGETHER = {
+    "sandbox": ("root_folder", "supervise", "inside", "namespaces"),
+    "code": ("output", "prelude"),
+}
+"""Tests: files that they mirror, beside the one of their name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,7 @@ def tests_of(file: str) -> list[str]:
     names = [own, "algorithm", "cases", "rollouts"] if own in ALGORITHM else [own]
     if file.startswith("engines/megatron/"):
         names += ["families", "convert"]
+    names += [tests for tests, files in TESTED_TOGETHER.items() if own in files]
     if file.startswith("rewards/"):
         names += ["process"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]

@@ -1,10 +1,10 @@
 """What did an untrusted program print?   run where it can neither see nor harm anything
 
 Three levels, strongest first: bubblewrap (its `bwrap`), namespaces (`namespaces.py` in its place),
-limits (no namespaces: Landlock hides the machine's files). On every level `inside.py` gives up what a process can give
-up itself: memory, time, threads and output are limited, and there is no system call (`seccomp.py`)
-that would make a process, open a file for writing, make a socket or send a signal. So one kill ends
-all that a program is, and nothing is left of it.
+limits (no namespaces: Landlock hides the machine's files). On every level `inside.py` gives up what
+a process can give up itself: memory, time, threads and output are limited, and there is no system
+call (`seccomp.py`) that would make a process, open a file for writing, make a socket or send a
+signal. So one kill ends all that a program is, and nothing is left of it.
 """
 
 from __future__ import annotations

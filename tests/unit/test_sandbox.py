@@ -21,13 +21,13 @@ import pytest
 from megatron_srpo.rewards import inside, sandbox
 from megatron_srpo.rewards.root_folder import FOLDER, LEVELS, PYTHON, Level
 from megatron_srpo.rewards.sandbox import Limits, checked, run, strongest
-from megatron_srpo.rewards.supervise import END_S, Run, SandboxError
+from megatron_srpo.rewards.supervise import CHUNK_BYTES, END_S, Run, SandboxError
 from megatron_srpo.types import InputError
 from tests.unit.hostile import PREAMBLE, PROGRAMS, Hostile
 
-LIMITS = Limits(wall_s=1.0, memory_mb=256, output_mb=1)
+LIMITS = Limits(wall_s=2.0, memory_mb=256, output_mb=1)
 DEADLINE_S = 20.0
-"""Of one run, on a machine that does other things; what stays is stopped after 1 s."""
+"""Of one run, on a machine that does other things; what stays is stopped after 2 s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,23 +83,50 @@ def attacked(name: str, level: Level, stakes: Stakes) -> Run:
     return ran
 
 
-def strays() -> list[str]:
-    """Command lines of processes that run what is inside of sandboxes."""
-    found: list[str] = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
+def sandboxed() -> dict[int, int]:
+    """Processes of all sandboxes on this machine: who started, or adopted, the first of each."""
+    command: dict[int, bytes] = {}
+    parent: dict[int, int] = {}
+    for number in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
-            line = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            command[number] = Path(f"/proc/{number}/cmdline").read_bytes()
+            status = Path(f"/proc/{number}/stat").read_text()
         except OSError:
             continue
-        if str(FOLDER / "inside.py") in line:
-            found.append(f"{name} {line}")
-    return found
+        parent[number] = int(status.rpartition(")")[2].split()[1])
+    inside = {number for number, words in command.items() if bytes(FOLDER / "inside.py") in words}
+
+    def owner(number: int) -> int:
+        return owner(parent[number]) if parent[number] in inside else parent[number]
+
+    return {number: owner(number) for number in inside if number in parent}
+
+
+def strays() -> list[int]:
+    """Processes of this one's sandboxes, and of those whose trainer is gone."""
+    who = sandboxed().items()
+    return [number for number, owner in who if owner == os.getpid() or not is_python(owner)]
+
+
+def has_begun(number: int) -> bool:
+    try:
+        return "Seccomp:\t2" in Path(f"/proc/{number}/status").read_text()
+    except OSError:
+        return False
+
+
+def is_python(pid: int) -> bool:
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("python")
+    except OSError:
+        return False
 
 
 def assert_contained(name: str, ran: Run, stakes: Stakes) -> None:
     said = (ran.output + ran.errors).decode(errors="replace")
     assert "ESCAPED" not in said, said[:2000]
     assert "SyntaxError" not in said and "NameError" not in said, said[:2000]
+    assert len(said) <= LIMITS.output_mb * 2**20 + 2 * CHUNK_BYTES
     assert PROGRAMS[name].end in (None, ran.end), (ran.end, said[:2000])
     places = ("/tmp", "/var/tmp", "/dev/shm", "/", Path.home(), os.getcwd(), stakes.folder)
     assert not [p for place in places for p in os.listdir(place) if stakes.token in p]
@@ -176,11 +203,11 @@ def test_without_a_sandbox_hostile_programs_get_what_they_want(stakes: Stakes):
 def test_a_killed_trainer_leaves_no_program(level: Level = OFFERED[0]):
     program = (
         "from megatron_srpo.rewards.sandbox import run; "
-        "run('import os; os.write(2, bytes(1)); import time; time.sleep(600)', level={!r})"
+        "run('import time; time.sleep(600)', level={!r})"
     )
     for level in OFFERED:
         trainer = subprocess.Popen([sys.executable, "-c", program.format(level)])
-        while not strays():
+        while not [n for n, owner in sandboxed().items() if owner == trainer.pid and has_begun(n)]:
             assert trainer.poll() is None
             time.sleep(0.01)
         trainer.kill()
@@ -248,7 +275,7 @@ def test_a_set_of_strings_has_one_order(level: Level):
     "program",
     [
         "def f(a, b): return [a, (b, {'k': None})]",
-        "class Solution:\n    def f(self, a, b): print('noise'); return [a, (b, {'k': None})]",
+        "class Solution:\n    def f(self, a, b): print('noise', flush=True); return [a, (b, {'k': None})]",
         "class Solution: pass\ndef f(a, b): return [a, (b, {'k': None})]",
         "def f(a, b): return [a, (b, {'k': None})]\nif __name__ == '__main__': f(input())",
     ],
