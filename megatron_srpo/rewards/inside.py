@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SIGKILL = 9
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 8, 22, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
@@ -128,22 +128,20 @@ def _only_read(paths: list[str]) -> bool:
 def _become(user: int, *, keeps_reading: bool) -> None:
     """Root becomes a user without rights: limits on processes bind no root.
 
-    In the machine's own root folder the interpreter may be readable by root only
-    (`keeps_reading`): what else could be read so is Landlock's to refuse.
+    The saved user stays root, so that a root without capabilities, as bubblewrap is, may send it
+    the signal of its parent's death. In the machine's own root folder the interpreter may be
+    readable by root only (`keeps_reading`): what else could be read so is Landlock's to refuse.
     """
-    if keeps_reading:
-        _call(LIBC.prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0)
     os.setgroups([])
     try:
         os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
+        os.setresuid(user, user, 0)
     except OSError:  # a container that maps few users
         os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    if keeps_reading:
-        header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-        kept = 1 << CAP_DAC_READ_SEARCH
-        _call(LIBC.capset, header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0))
+        os.setresuid(NOBODY, NOBODY, 0)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    kept = keeps_reading << CAP_DAC_READ_SEARCH
+    _call(LIBC.capset, header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0))
 
 
 class _FilterProgram(ctypes.Structure):

@@ -111,13 +111,15 @@ def readable() -> tuple[str, ...]:
 
 
 @functools.cache
-def readable_alone(level: Level) -> list[str]:
-    """The same without the installed packages, which lie below them: for rules that only allow."""
-    paths = [] if level == "limits" else [STDIN]
+def rules(level: Level) -> list[str]:
+    """What Landlock lets be read: it only allows, so in the machine's own root folder each entry
+    beside the installed packages is named."""
+    if level != "limits":
+        return [*readable(), STDIN]
+    paths: list[str] = []
     for path in readable():
         hidden = [each for each in _hidden() if Path(each).is_relative_to(path)]
-        folders = {str(Path(each).parent) for each in hidden}
-        assert folders <= {path}, f"packages deep in {path}"
+        assert all(Path(each).parent == Path(path) for each in hidden), f"packages deep in {path}"
         beside = [str(each) for each in Path(path).iterdir()] if hidden else [path]
         paths += [each for each in beside if each not in hidden]
     return paths

@@ -26,7 +26,7 @@ from megatron_srpo.rewards.root_folder import (
     Descriptors,
     Level,
     command,
-    readable_alone,
+    rules,
 )
 from megatron_srpo.rewards.seccomp import program_filter
 from megatron_srpo.rewards.supervise import START_S, Run, SandboxError, Supervised
@@ -133,7 +133,7 @@ def _job(program: str, prelude: str, function: str | None, level: Level, limits:
             "memory_bytes": limits.memory_mb * 2**20,
             "num_threads": limits.num_threads,
             "user": FIRST_USER + threading.get_native_id(),
-            "paths": readable_alone(level),
+            "paths": rules(level),
             "filter": program_filter(platform.machine()),
         }
     )

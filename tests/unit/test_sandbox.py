@@ -94,12 +94,12 @@ def sandboxed() -> dict[int, int]:
         except OSError:
             continue
         parent[number] = int(status.rpartition(")")[2].split()[1])
-    inside = {number for number, words in command.items() if bytes(FOLDER / "inside.py") in words}
+    closed = {number for number, words in command.items() if bytes(FOLDER / "inside.py") in words}
 
     def owner(number: int) -> int:
-        return owner(parent[number]) if parent[number] in inside else parent[number]
+        return owner(parent[number]) if parent[number] in closed else parent[number]
 
-    return {number: owner(number) for number in inside if number in parent}
+    return {number: owner(number) for number in closed if number in parent}
 
 
 def strays() -> list[int]:
@@ -200,22 +200,21 @@ def test_without_a_sandbox_hostile_programs_get_what_they_want(stakes: Stakes):
     assert [name for name, words in said_by.items() if b"ESCAPED" not in words] == []
 
 
-def test_a_killed_trainer_leaves_no_program(level: Level = OFFERED[0]):
+@on_every_level
+def test_a_killed_trainer_leaves_no_program(level: Level):
     program = (
-        "from megatron_srpo.rewards.sandbox import run; "
-        "run('import time; time.sleep(600)', level={!r})"
+        "from megatron_srpo.rewards.sandbox import Limits, run; run('import time; "
+        f"time.sleep(60)', level={level!r}, limits=Limits(wall_s=60))"
     )
-    for level in OFFERED:
-        trainer = subprocess.Popen([sys.executable, "-c", program.format(level)])
+    with subprocess.Popen([sys.executable, "-c", program]) as trainer:
         while not [n for n, owner in sandboxed().items() if owner == trainer.pid and has_begun(n)]:
             assert trainer.poll() is None
             time.sleep(0.01)
         trainer.kill()
-        trainer.wait()
-        end = time.monotonic() + 10
-        while strays() and time.monotonic() < end:
-            time.sleep(0.01)
-        assert strays() == [], level
+    end = time.monotonic() + 10
+    while strays() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert strays() == []
 
 
 # --- honest programs -----------------------------------------------------------------------------
@@ -275,7 +274,7 @@ def test_a_set_of_strings_has_one_order(level: Level):
     "program",
     [
         "def f(a, b): return [a, (b, {'k': None})]",
-        "class Solution:\n    def f(self, a, b): print('noise', flush=True); return [a, (b, {'k': None})]",
+        "class Solution:\n    def f(self, a, b): return [a, (b, {'k': print('x', flush=True)})]",
         "class Solution: pass\ndef f(a, b): return [a, (b, {'k': None})]",
         "def f(a, b): return [a, (b, {'k': None})]\nif __name__ == '__main__': f(input())",
     ],
