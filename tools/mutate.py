@@ -35,6 +35,8 @@ ALGORITHM = (
 )  # fmt: skip
 """Files that every step goes through."""
 TESTED_TOGETHER = {
+    "policy_loss": ("loss",),
+    "linear_logprob": ("products",),
     "rewards": ("exact", "boxed_words"),
     "choice": ("boxed_words",),
     "process": ("judge", "verdict", "worker", "workers"),
@@ -76,6 +78,8 @@ def tests_of(file: str) -> list[str]:
     if file.startswith("../tools/prepare"):
         names = ["prepare_data", "prepare_sets"]
     names += [tests for tests, files in TESTED_TOGETHER.items() if own in files]
+    if own.endswith("_triton"):
+        names += ["rows_triton"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]
     return [path for path in paths if (ROOT / path).is_file()]
 

@@ -18,13 +18,15 @@ from megatron_srpo.kernels import rows_triton
 
 HERE = Path(__file__).parent
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {"targets_ptr": "*i64", "num_rows": "i32", "num_columns": "i32"}
+TYPES = {"targets_ptr": "*i64", "rows_ptr": "*i64"} | dict.fromkeys(
+    ("num_rows", "num_columns", "row_stride"), "i32"
+)
 
 
 def test_the_triton_functions_are_those_of_torch():
     pytest_alone = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*pytest_alone, HERE / "interpreted_rows.py"],
+        [*pytest_alone, HERE / "interpreted_rows.py", HERE / "interpreted_ops.py"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

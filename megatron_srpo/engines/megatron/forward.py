@@ -132,6 +132,14 @@ class Forward:
             return chunk.shared_embedding_or_output_weight()
         return chunk.output_layer.weight
 
+    @property
+    def _main_grad(self) -> Tensor | None:
+        """[V, H] where DistributedDataParallel adds up the head's gradients, if Megatron's layers
+        write theirs there themselves. It finds a gradient of 0 to add then."""
+        chunk: Any = unwrap_model(self._models[-1])
+        weight: Any = self._head_weight
+        return weight.main_grad if chunk.config.gradient_accumulation_fusion else None
+
     def logprobs(
         self, hidden_TH: Tensor, micro_batch: MicroBatch, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
@@ -146,6 +154,7 @@ class Forward:
             temperature=temperature,
             num_real=self._num_real,
             group=self._mesh.tp_group,
+            main_grad_VH=self._main_grad,
         )
         return (
             self._of_all_ranks(logprobs_T, micro_batch),
