@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := examples/chain_arithmetic_cpu.yaml
 ARGS ?=
+# Files go to two processes, in the order in which they are collected.
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 
 .PHONY: train test test-slow check lint mutate clean
@@ -25,7 +27,7 @@ runs/chain_arithmetic_warm_start/hf/config.json: | data/chain_arithmetic/DONE
 	$(BIN)/megatron-srpo sft $(CONFIG)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(TOGETHER)
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest tests -m slow

@@ -15,7 +15,8 @@ D     a *global* count, so micro-batches and ranks add up to the gradient of one
 Demonstrations, tokens that nobody sampled, have s_t = A_t log pi_t, rho_t = 1, no k3_t.
 At the first update r = 1 and its gradient is that of the log-prob: reinforce takes the same step.
 
-torch, no torch.distributed. Legend: T packed tokens, S sequences.
+torch, no torch.distributed. `kernels/policy_loss.py` is the same as one operation, whose CPU
+implementation `token_terms` is. Legend: T packed tokens, S sequences.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_srpo.config import LossConfig
@@ -65,10 +67,47 @@ class Counters:
     """Metric -> value; 0 where there are no tokens."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenTerms:
+    """What each token adds, each [T], and none of it divided by anything."""
+
+    loss_T: Tensor
+    """Differentiable; D L is its sum."""
+    slope_T: Tensor
+    """d loss_T / d log-prob, as a number."""
+    means: dict[str, Tensor]
+    """Metric -> values; of the sampled tokens."""
+    maxima: dict[str, Tensor]
+
+
 def policy_loss(
     logprobs_T: Tensor, tokens: TokenTensors, cfg: LossConfig, *, denominator: float
 ) -> tuple[Tensor, Counters]:
     """L, a scalar, and what `cfg` makes worth watching; `denominator` is D."""
+    return summed(token_terms(logprobs_T, tokens, cfg), tokens, denominator)
+
+
+def summed(terms: TokenTerms, tokens: TokenTensors, denominator: float) -> tuple[Tensor, Counters]:
+    """L and counters of what `token_terms` gives."""
+    loss, sampled_T = terms.loss_T.sum() / denominator, tokens.is_sampled_T
+    shown = torch.where(tokens.is_demonstration_T, terms.loss_T.detach(), 0.0).sum() / denominator
+    zero = torch.zeros((), dtype=torch.float64, device=loss.device)
+    return loss, Counters(
+        quotients={
+            "loss": (loss.detach().double(), zero),
+            "loss/demonstrations": (shown.double(), zero),
+            "tokens/trained": (sampled_T.sum().double(), zero),
+        }
+        | {name: over_sampled(values_T, tokens) for name, values_T in terms.means.items()},
+        maxima={
+            name: F.pad(torch.where(sampled_T, v_T, 0.0), (0, 1)).amax()
+            for name, v_T in terms.maxima.items()
+        },
+    )
+
+
+def token_terms(logprobs_T: Tensor, tokens: TokenTensors, cfg: LossConfig) -> TokenTerms:
+    """All formulas of the module."""
     current_T, sampled_T = logprobs_T.detach(), tokens.is_sampled_T
 
     def sampled_or_current(other_T: Tensor | None) -> Tensor:
@@ -80,7 +119,7 @@ def policy_loss(
     off_T = (old_T - sampled_or_current(tokens.rollout_T)).double()
     means, maxima = _mismatch(off_T)
     credit_T = tokens.loss_weight_T * tokens.advantage_T
-    score_T = logprobs_T
+    score_T, steepness_T = logprobs_T, torch.ones_like(current_T)
     if cfg.surrogate == "ppo" or cfg.updates_per_batch > 1:
         maxima["loss/ratio_max"] = (current_T - old_T).exp()
     if cfg.surrogate == "ppo":
@@ -88,6 +127,8 @@ def policy_loss(
         bites_T = _clip_bites(log_ratio_T.detach(), tokens.advantage_T, cfg)
         ratio_T = _clipped_ratio(log_ratio_T, bites_T, cfg)
         score_T = torch.where(tokens.is_demonstration_T, logprobs_T, ratio_T)
+        steepness_T = torch.where(bites_T, 0.0, ratio_T.detach())
+        steepness_T = torch.where(tokens.is_demonstration_T, 1.0, steepness_T)
         means["loss/clip_fraction"] = bites_T
     if cfg.importance != "none":
         weight_T = _importance(off_T, tokens.cu_seqlens, cfg)
@@ -97,25 +138,15 @@ def policy_loss(
             "importance/weight_mean": used_T,
             "importance/capped_rate": weight_T > cfg.importance_cap,
         }
-    loss_T = -(credit_T * score_T)
+    loss_T, slope_T = -(credit_T * score_T), -(credit_T * steepness_T)
     if cfg.kl_coef:
         assert tokens.reference_T is not None, "a KL term needs a reference policy"
-        k3_T = _k3(sampled_or_current(tokens.reference_T) - logprobs_T)
-        loss_T = loss_T + cfg.kl_coef * tokens.loss_weight_T * k3_T
+        difference_T = sampled_or_current(tokens.reference_T) - logprobs_T
+        k3_T, cost_T = _k3(difference_T), cfg.kl_coef * tokens.loss_weight_T
+        loss_T = loss_T + cost_T * k3_T
+        slope_T = slope_T - cost_T * difference_T.detach().expm1()
         means["loss/kl_reference"] = k3_T.detach()
-    loss = loss_T.sum() / denominator
-
-    shown = torch.where(tokens.is_demonstration_T, loss_T.detach(), 0.0).sum() / denominator
-    zero = torch.zeros((), dtype=torch.float64, device=loss.device)
-    return loss, Counters(
-        quotients={
-            "loss": (loss.detach().double(), zero),
-            "loss/demonstrations": (shown.double(), zero),
-            "tokens/trained": (sampled_T.sum().double(), zero),
-        }
-        | {name: over_sampled(values_T, tokens) for name, values_T in means.items()},
-        maxima={name: torch.where(sampled_T, v_T, 0.0).amax() for name, v_T in maxima.items()},
-    )
+    return TokenTerms(loss_T=loss_T, slope_T=slope_T, means=means, maxima=maxima)
 
 
 def over_sampled(values_T: Tensor, tokens: TokenTensors) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 
 set_environment()
+if "PYTEST_XDIST_WORKER" in os.environ:  # it has inherited the rendezvous of pytest's first process
+    del os.environ["WORLD_SIZE"]
 be_one_process_unless_launched()
 
 
@@ -33,3 +36,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_policy
 
     return write_policy(tmp_path_factory.mktemp("policy"), seed=0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What mostly waits begins first: the other process has work until the end."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)

@@ -10,13 +10,22 @@ Relative to m throughout: sum exp(z - m) z, or t - (m + log s), lose all digits 
 where logits are large. Where nothing was seen yet, or all of it is -inf, m is -inf, s and u are 0;
 t is -inf until the target is met. NaN stays NaN.
 
-`rows_triton.py` has the same two functions for GPUs. Legend: N rows, C columns of a chunk.
+Under tensor parallelism each rank has statistics of its columns. One all-gather of the four numbers
+a row; every rank then merges them in the order of the ranks, in float64: all get the same bits.
+
+`rows_triton.py` has `absorb` and `gradients` for GPUs. Legend: N rows, C columns of a chunk.
 """
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_gather_tensor
+from torch.distributed.distributed_c10d import GroupName
 
 NEGLIGIBLE = -1000.0
 """Differences to the maximum are cut here: exp is 0 on either side, in float64 too, and
@@ -41,11 +50,37 @@ def merged(parts: Tensor) -> Tensor:
     )
 
 
+def whole(stats_4N: Tensor, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """[N] log-prob, [N] entropy, and what `gradients` needs of the whole rows, [3, N] m, log s,
+    entropy: of the columns of all ranks of a group, or, without a name, of this rank's."""
+    num_rows, dtype = stats_4N.shape[1], stats_4N.dtype
+    gathered = all_gather_tensor(stats_4N, 0, GroupName(group_name)) if group_name else stats_4N
+    m, s, u, t = merged(gathered.view(len(gathered) // 4, 4, num_rows).double())
+    log_sum_N = s.log()
+    entropy_N = log_sum_N - u / s
+    softmax_3N = torch.stack([m, log_sum_N, entropy_N])
+    return ((t - m) - log_sum_N).to(dtype), entropy_N.to(dtype), softmax_3N.to(dtype)
+
+
+def name_of(group: dist.ProcessGroup | None) -> str:
+    """As operations are told of a group; "" if there is nobody to talk to."""
+    return group.group_name if group is not None and group.size() > 1 else ""
+
+
+def functions_for(logits: Tensor) -> Any:
+    """This module, or the one that has its `absorb` and `gradients` for a GPU."""
+    if not logits.is_cuda:
+        return sys.modules[__name__]
+    from megatron_srpo.kernels import rows_triton  # a machine without a GPU may have no Triton
+
+    return rows_triton
+
+
 def absorb(stats_4N: Tensor, logits_NC: Tensor, targets_N: Tensor, temperature_N: Tensor) -> None:
-    """Adds a chunk to `stats_4N`; overwrites `logits_NC`. A target is a column of the chunk, or
-    any number outside [0, C) where it lies elsewhere."""
+    """Adds a chunk to `stats_4N`. A target is a column of the chunk, or any number outside [0, C)
+    where it lies elsewhere."""
     num_columns = logits_NC.shape[1]
-    z_NC = logits_NC.div_(temperature_N[:, None])
+    z_NC = logits_NC / temperature_N[:, None]
     target_N = z_NC.gather(1, targets_N.clamp(0, num_columns - 1)[:, None])[:, 0]
     is_here_N = (targets_N >= 0) & (targets_N < num_columns)
     m = z_NC.amax(1)

@@ -18,10 +18,31 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 def absorb(stats_4N: Tensor, logits_NC: Tensor, targets_N: Tensor, temperature_N: Tensor) -> None:
-    """As `rows.absorb`; leaves `logits_NC` as it is."""
-    num_rows, num_columns = logits_NC.shape
+    """As `rows.absorb`."""
+    absorb_chosen(stats_4N, logits_NC, None, targets_N, temperature_N)
+
+
+def absorb_chosen(
+    stats_4N: Tensor,
+    logits_TC: Tensor,
+    rows_N: Tensor | None,
+    targets_N: Tensor,
+    temperature_N: Tensor,
+) -> None:
+    """Of these rows of logits of any dtype, whose columns lie side by side; None: of all."""
+    num_rows, num_columns = len(targets_N), logits_TC.shape[1]
+    assert logits_TC.stride(1) == 1 or num_columns < 2, "columns of logits lie apart"
     if num_rows:
-        _absorb[(num_rows,)](stats_4N, logits_NC, targets_N, temperature_N, num_rows, num_columns)
+        _absorb[(num_rows,)](
+            stats_4N,
+            logits_TC,
+            rows_N,
+            targets_N,
+            temperature_N,
+            num_rows,
+            num_columns,
+            logits_TC.stride(0),
+        )
 
 
 def gradients(
@@ -57,11 +78,31 @@ def _relative(z, largest):
 
 
 @triton.jit
-def _absorb(stats_ptr, logits_ptr, targets_ptr, temperature_ptr, num_rows, num_columns):
+def by_z(z, is_target, largest, log_sum, entropy, by_logprob, by_entropy):
+    """d loss / d z of a row's columns; arguments as in `rows.gradients`."""
+    logp = _relative(z, largest) - log_sum
+    found = -tl.exp(logp) * (by_logprob + by_entropy * (logp + entropy))
+    return found + tl.where(is_target, by_logprob, 0.0)
+
+
+@triton.jit
+def _absorb(
+    stats_ptr,
+    logits_ptr,
+    rows_ptr,
+    targets_ptr,
+    temperature_ptr,
+    num_rows,
+    num_columns,
+    row_stride,
+):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * num_columns
+    source = row
+    if rows_ptr is not None:
+        source = tl.load(rows_ptr + row).to(tl.int64)
+    logits_ptr += source * row_stride
     temperature = tl.load(temperature_ptr + row)
-    dtype = logits_ptr.dtype.element_ty
+    dtype = stats_ptr.dtype.element_ty
     # A lane has every BLOCK-th column, and statistics of its own until the end.
     m = tl.full((BLOCK,), float("-inf"), dtype)
     s = tl.zeros((BLOCK,), dtype)
@@ -69,7 +110,7 @@ def _absorb(stats_ptr, logits_ptr, targets_ptr, temperature_ptr, num_rows, num_c
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + column, mask=column < num_columns, other=float("-inf"))
-        z = z / temperature
+        z = z.to(dtype) / temperature
         largest = tl.maximum(m, z)
         shift = _relative(m, largest)
         difference = _relative(z, largest)
@@ -97,7 +138,7 @@ def _absorb(stats_ptr, logits_ptr, targets_ptr, temperature_ptr, num_rows, num_c
 
     target = tl.load(targets_ptr + row)
     if (target >= 0) & (target < num_columns):
-        tl.store(t_ptr, tl.load(logits_ptr + target) / temperature)
+        tl.store(t_ptr, tl.load(logits_ptr + target).to(dtype) / temperature)
 
 
 @triton.jit
@@ -122,8 +163,7 @@ def _gradients(
     by_entropy = tl.load(by_output_ptr + num_rows + row)
 
     z = tl.load(logits_ptr + row * num_columns + column, mask=is_real, other=0.0) / temperature
-    logp = _relative(z, largest) - log_sum
-    found = -tl.exp(logp) * (by_logprob + by_entropy * (logp + entropy))
-    found += tl.where(column == tl.load(targets_ptr + row), by_logprob, 0.0)
+    is_target = column == tl.load(targets_ptr + row)
+    found = by_z(z, is_target, largest, log_sum, entropy, by_logprob, by_entropy)
     out = (found / temperature).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * num_columns + column, out, mask=is_real)

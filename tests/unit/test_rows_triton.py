@@ -18,7 +18,9 @@ from megatron_srpo.kernels import rows_triton
 
 HERE = Path(__file__).parent
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {"targets_ptr": "*i64", "num_rows": "i32", "num_columns": "i32"}
+TYPES = {"targets_ptr": "*i64", "rows_ptr": "*i64"} | dict.fromkeys(
+    ("num_rows", "num_columns", "row_stride"), "i32"
+)
 
 
 def test_the_triton_functions_are_those_of_torch():
