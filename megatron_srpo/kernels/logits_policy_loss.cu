@@ -8,6 +8,7 @@
 // A thread fetches, meets again and overwrites the same 16-byte vectors: its copies need no barrier.
 // Sums are ordered, there are no atomics: two runs give the same bits.
 
+#include <algorithm>
 #include <cfloat>
 #include <cooperative_groups.h>
 #include <cstdint>
@@ -360,9 +361,9 @@ extern "C" int scale_launch(void* x, const float* factor, int64_t length, int is
                             int device, void* stream) {
   cudaError_t error = cudaSetDevice(device);
   if (error) return error;
-  constexpr int BLOCKS = 1024;
+  const int64_t in_block = THREADS * (is_bfloat16 ? SIZE<__nv_bfloat16> : SIZE<float>);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(BLOCKS);
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(length / in_block + 1, 1024)));
   config.blockDim = dim3(THREADS);
   config.stream = static_cast<cudaStream_t>(stream);
   return is_bfloat16 ? cudaLaunchKernelEx(&config, scale<__nv_bfloat16>,

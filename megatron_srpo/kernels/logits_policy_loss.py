@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config import LossConfig
-from megatron_srpo.kernels import nvcc
+from megatron_srpo.kernels import (
+    logprob_stats,  # noqa: F401  (its operations are called by name)
+    nvcc,
+)
 from megatron_srpo.kernels.policy_loss import arguments, counters
 from megatron_srpo.loss import Counters, TokenTensors
 
@@ -81,12 +84,15 @@ def _logits_policy_loss(
     cu_seqlens: Tensor,
     surrogate: str,
     importance: str,
-    bounds: list[float],
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    importance_cap: float,
     denominator: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, totals of the counters, log-probs, entropies, d loss / d logits"""
     per_token = loss_weight_T, advantage_T, rollout_T, old_T, reference_T
-    how = surrogate, importance, bounds, denominator
+    how = surrogate, importance, clip_low, clip_high, kl_coef, importance_cap, denominator
     library = library_for(logits_TV)
     if library is None:
         inputs = logits_TV, target_ids_T, temperature_T
@@ -139,16 +145,21 @@ def _scale(x: Tensor, factor: Tensor) -> None:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.num_others = len(inputs) - 1
     ctx.save_for_backward(output[4])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx: Any, by_loss: Tensor, *_: Any) -> Any:
     (by_logits_TV,) = ctx.saved_tensors
-    if torch._C._autograd._get_current_graph_task_keep_graph():  # somebody will ask again
-        return by_logits_TV * by_loss.to(by_logits_TV.dtype), *[None] * 13
-    torch.ops.megatron_srpo.scale_(by_logits_TV, by_loss)
-    return by_logits_TV, *[None] * 13
+    autograd: Any = torch._C._autograd  # type: ignore[reportAttributeAccessIssue]
+    is_needed_again = autograd._get_current_graph_task_keep_graph()
+    is_traced = type(by_logits_TV) is not Tensor
+    if is_needed_again or is_traced:
+        by_logits_TV = by_logits_TV * by_loss.to(by_logits_TV.dtype)
+    else:
+        torch.ops.megatron_srpo.scale_(by_logits_TV, by_loss)
+    return by_logits_TV, *[None] * ctx.num_others
 
 
 _logits_policy_loss.register_autograd(_differentiate, setup_context=_remember)
@@ -201,7 +212,7 @@ def launch(
     temperature_T: Tensor,
     num_real: int,
     per_token: tuple[Tensor | None, ...],
-    how: tuple[str, str, list[float], float],
+    how: tuple[str, str, float, float, float, float, float],
     *,
     num_blocks: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +224,7 @@ def launch(
     floats = (temperature_T, *per_token)
     kept = [target_ids_T.contiguous(), *(None if x is None else _floats(x) for x in floats)]
     everything = (*kept, logprob_T, entropy_T, logits_TV, by_logits_TV)
-    surrogate, importance, (clip_low, clip_high, kl_coef, cap), denominator = how
+    surrogate, importance, clip_low, clip_high, kl_coef, cap, denominator = how
     arguments = CudaArguments(
         *(None if x is None else x.data_ptr() for x in everything),
         num_rows,
@@ -223,7 +234,7 @@ def launch(
         logits_TV.dtype == torch.bfloat16,
         surrogate == "ppo",
         IMPORTANCE.index(importance),
-        math.log1p(-clip_low) if clip_low < 1 else -math.inf,
+        math.log1p(-clip_low),
         math.log1p(clip_high),
         kl_coef,
         cap,

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -50,12 +51,6 @@ struct __nv_bfloat16 {
 struct __nv_bfloat162 { __nv_bfloat16 x, y; };
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
-  memcpy(to, from, size);
-}
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(size_t) {}
-
 // --- fibers ---
 
 constexpr int SHARED_BYTES = 227 * 1024 - 1024, CANARY = 64;
@@ -69,8 +64,14 @@ struct Cluster {
   std::atomic<int> here{0}, generation{0};
   std::vector<char*> anchors;
 };
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+};
 struct Fiber {
   ucontext_t context;
+  std::deque<std::vector<Copy>> copies{1};  // in groups, of which the last is not committed
   std::vector<char> stack = std::vector<char>(32768);
   bool is_done = false;
   int num_shuffles = 0, cluster_generation = 0;
@@ -96,7 +97,22 @@ inline thread_local dim3 gridDim, blockDim;
 inline int is_reversed = 0;
 extern "C" void set_reversed(int value) { is_reversed = value; }
 
-inline void yield() { swapcontext(&block->fibers[block->running].context, &block->scheduler); }
+inline std::atomic<bool> is_misaligned{false};
+inline Fiber& own_fiber() { return block->fibers[block->running]; }
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
+  auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if (bits % size) is_misaligned = true;
+  own_fiber().copies.back().push_back({to, from, size});
+}
+inline void __pipeline_commit() { own_fiber().copies.emplace_back(); }
+inline void __pipeline_wait_prior(size_t num_left) {  // nothing is there before it is waited for
+  auto& copies = own_fiber().copies;
+  for (; copies.size() - 1 > num_left; copies.pop_front())
+    for (Copy& one : copies.front()) memcpy(one.to, one.from, one.size);
+}
+
+inline void yield() { swapcontext(&own_fiber().context, &block->scheduler); }
 
 inline void wait_at(Barrier& barrier, int num) {
   int generation = barrier.generation;
@@ -124,7 +140,7 @@ struct cluster_group {
   unsigned num_blocks() const { return unsigned(block->cluster->anchors.size()); }
   void barrier_arrive() const {
     Cluster& cluster = *block->cluster;
-    block->fibers[block->running].cluster_generation = cluster.generation;
+    own_fiber().cluster_generation = cluster.generation;
     if (++block->here_for_cluster < int(block->fibers.size())) return;
     block->here_for_cluster = 0;
     if (++cluster.here < int(num_blocks())) return;
@@ -132,7 +148,7 @@ struct cluster_group {
     cluster.generation++;
   }
   void barrier_wait() const {
-    int generation = block->fibers[block->running].cluster_generation;
+    int generation = own_fiber().cluster_generation;
     while (block->cluster->generation == generation) yield();
   }
   void sync() const {
@@ -150,7 +166,7 @@ inline cluster_group this_cluster() { return {}; }
 
 inline void run_fiber() {
   block->body();
-  block->fibers[block->running].is_done = true;
+  own_fiber().is_done = true;
   yield();
 }
 
@@ -177,7 +193,7 @@ inline void run_block(Block& own) {
 
 // --- launches ---
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorIllegalAddress = 700 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorIllegalAddress = 700, cudaErrorMisalignedAddress = 716 };
 typedef void* cudaStream_t;
 enum { cudaLaunchAttributeClusterDimension, cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchAttribute {
@@ -193,7 +209,8 @@ struct cudaLaunchConfig_t {
 };
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorIllegalAddress ? "an illegal memory access" : "an invalid argument";
+  if (error == cudaErrorIllegalAddress) return "an illegal memory access";
+  return error == cudaErrorMisalignedAddress ? "misaligned address" : "invalid argument";
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
@@ -235,5 +252,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     for (unsigned rank = 0; rank < num_blocks; rank++) blocks.emplace_back(run, rank);
     for (std::thread& one : blocks) one.join();
   }
+  if (is_misaligned.exchange(false)) return cudaErrorMisalignedAddress;
   return is_sound ? cudaSuccess : cudaErrorIllegalAddress;
 }
