@@ -206,8 +206,9 @@ class ParallelConfig(Section):
 
 class KernelConfig(Section):
     head: Literal["fused", "reference"] = "fused"
-    """From hidden states to log-probs. fused: only of tokens that are trained on, in chunks of the
-    vocabulary. reference: by way of all logits, with Megatron's cross entropy."""
+    """From hidden states to the loss. fused: log-probs of tokens that are trained on, in chunks of
+    the vocabulary, then one operation. reference: by way of all logits, with Megatron's cross
+    entropy, then many small operations."""
 
 
 class RetentionConfig(Section):

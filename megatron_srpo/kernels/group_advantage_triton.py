@@ -23,7 +23,6 @@ def group_advantage(rewards_R: Tensor, offsets_G1: Tensor, baseline: str, std: s
             LEAVE_ONE_OUT=baseline == "leave_one_out",
             NORMALIZED=std != "none",
             SAMPLE=std == "sample",
-            num_warps=4,
         )
     return advantages_R
 
@@ -55,7 +54,7 @@ def _group_advantage(
     low = tl.min(lowest, 0)
     high = tl.max(highest, 0)
     size = tl.maximum(tl.maximum(tl.abs(low), tl.abs(high)), 1.0)
-    differ = high - low > AGREE_WITHIN * size
+    differ = high > low + AGREE_WITHIN * size
 
     scale = 1.0
     if NORMALIZED:

@@ -69,7 +69,7 @@ def _gradients(
     dtype = softmax_ptr.dtype.element_ty
     start = tl.load(starts_ptr + row)
     end = tl.load(starts_ptr + row + 1)
-    is_read = (column < num_real) & (end > start)
+    is_read = column < tl.where(end > start, num_real, 0)
     logits = tl.load(logits_ptr + row * row_stride + column, mask=is_read, other=0.0).to(dtype)
     total = tl.zeros((BLOCK,), dtype)
     for position in range(start, end):

@@ -32,7 +32,7 @@ MEANS = (
 )
 """Over sampled tokens; the operation gives sums."""
 MAXIMA = ("mismatch/logprob_abs_max", "loss/ratio_max")
-TOTALS = (*PLAIN, *MEANS, *MAXIMA)
+TOTALS: tuple[str, ...] = (*PLAIN, *MEANS, *MAXIMA)
 """What the K numbers are that come out, in float64; 0 where the loss has no such part."""
 
 

@@ -9,6 +9,7 @@ response. Formulas are those of `loss.py`, in the dtype of the log-probs.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -47,7 +48,8 @@ def policy_loss(
         _sequence_log_weights[(len(cu_seqlens) - 1,)](
             log_weight_T, logprobs_T, loss_weight_T, rollout_T, old_T, cu_seqlens
         )
-    _policy_loss[(1,)](
+    one_program: Any = _policy_loss[(1,)]
+    one_program(
         loss,
         slope_T,
         totals_K,
@@ -241,4 +243,4 @@ def _larger(one, other):
 def _largest(lanes):
     """Of numbers that are not negative; NaN if one is."""
     is_nan = lanes != lanes
-    return tl.max(tl.where(is_nan, 0.0, lanes), 0) + tl.sum(tl.where(is_nan, lanes, 0.0), 0)
+    return tl.sum(tl.where(is_nan, lanes, 0.0), 0) + tl.max(tl.where(is_nan, 0.0, lanes), 0)

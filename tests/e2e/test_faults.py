@@ -104,7 +104,7 @@ class OperationCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_without_a_fault_the_step_is_green_and_goes_through_the_fused_head(run: Run) -> None:
+def test_without_a_fault_the_step_is_green_and_goes_through_the_fused_operations(run: Run) -> None:
     count, update, num_micro_batches = OperationCount(), run.learner.update, 0
 
     def counted(batches: Sequence[Batch]) -> dict[str, float]:
@@ -116,7 +116,7 @@ def test_without_a_fault_the_step_is_green_and_goes_through_the_fused_head(run: 
     run.learner.update = counted  # type: ignore[method-assign]
     go(run)
     assert num_micro_batches > 0
-    for name in ("linear_logprob", "linear_logprob_backward"):
+    for name in ("linear_logprob", "linear_logprob_backward", "policy_loss"):
         assert count.calls[f"megatron_srpo::{name}"] == num_micro_batches
 
 

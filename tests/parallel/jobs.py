@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from megatron_srpo.engines.megatron.model import build_chunks
 from megatron_srpo.engines.megatron.weights import full_tensors, load_hf, local_parameters
 from megatron_srpo.exchange import exchange
 from megatron_srpo.kernels.linear_logprob import linear_logprob
+from megatron_srpo.kernels.linear_policy_loss import linear_policy_loss
+from megatron_srpo.kernels.logprob_stats import logprob_stats
+from megatron_srpo.loss import to_metrics
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.preflight import check_all_reduce
 from megatron_srpo.protocols import Generator
@@ -38,6 +42,8 @@ from megatron_srpo.types import (
     Tokens,
 )
 from tests.tiny import random_samples
+from tests.unit.loss_cases import in_fp32
+from tests.unit.test_loss import drawn as drawn_tokens
 
 NUM_SAMPLES = 13
 TEMPERATURE = 0.8
@@ -331,6 +337,60 @@ def shared_vocabulary(mesh: Mesh, bounds: Sequence[int]) -> list[torch.Tensor]:
         torch.stack(mesh.gather(by_hidden)).sum(0),
         torch.cat(mesh.gather(by_weight[:-1])),
     ]
+
+
+def shared_logits(mesh: Mesh, bounds: Sequence[int]) -> list[torch.Tensor]:
+    """As `shared_vocabulary`, of logits that are there, row 3 chosen twice."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, bounds[-1], generator=random)
+    rows, targets = torch.tensor([3, 0, 6, 3]), torch.randint(0, bounds[-1], (4,), generator=random)
+    first, end = bounds[mesh.tp_rank : mesh.tp_rank + 2]
+    own = torch.cat([logits[:, first:end], torch.full((7, 1), float("nan"))], 1).requires_grad_()
+    found = logprob_stats(
+        own, rows, targets, temperature=0.8, first_id=first, num_real=end - first,
+        group=mesh.tp_group,
+    )  # fmt: skip
+    factor = torch.arange(1.0, 5.0)
+    (by_own,) = torch.autograd.grad((found[0] * factor).sum() + found[1].sum(), own)
+    assert by_own[:, -1].abs().max() == 0
+    return [*(x.detach() for x in found), torch.cat(mesh.gather(by_own[:, :-1]), 1)]
+
+
+def shared_loss(mesh: Mesh, bounds: Sequence[int]) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """As `shared_vocabulary`, of a loss in one pass, in blocks of 4 rows; and its counters. All
+    ranks hold equally many rows of the weight, the last ones of which are no tokens."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=random).requires_grad_()
+    weight = torch.randn(bounds[-1], 16, generator=random)
+    targets = torch.randint(0, bounds[-1], (9,), generator=random)
+    _, tokens = drawn_tokens(0, [9])
+    width = max(end - first for first, end in itertools.pairwise(bounds)) + 1
+    first, end = bounds[mesh.tp_rank : mesh.tp_rank + 2]
+    own = torch.full((width, 16), float("nan"))
+    own[: end - first] = weight[first:end]
+    own.requires_grad_()
+    loss, counters, logprobs, entropies = linear_policy_loss(
+        hidden, own, targets, in_fp32(tokens), PPO, denominator=3.0, temperature=4.0,
+        first_id=first, num_real=end - first, group=mesh.tp_group, workspace=4 * width * 4, chunk=4,
+    )  # fmt: skip
+    by_hidden, by_weight = torch.autograd.grad(loss, [hidden, own])
+    assert not by_weight[end - first :].any()
+    tensors = [
+        loss.detach(),
+        logprobs,
+        entropies,
+        torch.stack(mesh.gather(by_hidden)).sum(0),
+        torch.cat(mesh.gather(by_weight[: end - first])),
+    ]
+    return tensors, to_metrics(counters)
+
+
+def shared_operations(
+    mesh: Mesh, bounds: Sequence[int]
+) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """`shared_logits` and `shared_loss`, in one job."""
+    tensors, metrics = shared_loss(mesh, bounds)
+    return [*shared_logits(mesh, bounds), *tensors], metrics
 
 
 LAYERS = {"stacked": False, "numbered": True}

@@ -155,6 +155,21 @@ def test_ranks_that_share_a_vocabulary_have_the_same_bits_and_what_one_process_h
         torch.testing.assert_close(one, right, rtol=1e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize("bounds", [[0, 20, 37], [0, 10, 20, 30, 37]], ids=["tp2", "tp4"])
+def test_ranks_that_share_logits_or_a_loss_in_one_pass_have_the_same_bits(
+    pool: Pool, bounds: list[int]
+):
+    num = len(bounds) - 1
+    first, *others = pool.run(num, jobs.shared_operations, bounds, tp=num)
+    (alone,) = pool.run(1, jobs.shared_operations, [0, 37])
+    for other in others:
+        assert other[1] == first[1]
+        assert all(torch.equal(a, b) for a, b in zip(first[0], other[0], strict=True))
+    for one, right in zip(first[0], alone[0], strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-6, atol=5e-6)
+    assert first[1] == pytest.approx(alone[1], rel=1e-5, abs=1e-6)
+
+
 def test_one_key_value_head_can_be_shared_by_tensor_parallel_ranks(
     pool: Pool, tmp_path: Path
 ) -> None:

@@ -167,6 +167,35 @@ def test_tokens_that_the_loss_does_not_want_have_no_gradient(mesh: Mesh) -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
+def test_the_head_s_gradient_is_the_same_if_it_goes_right_to_megatron_s_buffer(
+    mesh: Mesh, tmp_path: Path, tied: bool
+) -> None:
+    folder = write_policy(tmp_path / "policy", seed=7, tied=tied)
+    gradients: list[dict[str, torch.Tensor]] = []
+    returned: list[torch.Tensor] = []
+    for is_fused in (False, True):
+        learner = build_learner(folder, mesh)
+        learner.modules[0].config.gradient_accumulation_fusion = is_fused
+        learner._forward._head_weight.register_hook(returned.append)
+        learner.backward(
+            exchange(
+                random_samples(NUM_SAMPLES, seed=1),
+                mesh,
+                layout=PackLayout.on(mesh, max_tokens=100),
+            )
+        )
+        gradients.append(hf_gradients(learner, mesh))
+    right, found = gradients
+    for name, gradient in right.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8)
+    own, fused_own = returned[: len(returned) // 2], returned[len(returned) // 2 :]
+    assert len(own) == len(fused_own) > 1
+    assert all(x.any() for x in own)
+    assert tied or not any(x.any() for x in fused_own)  # else the embedding's is there
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_goes_in_and_comes_out_bit_equal(mesh: Mesh, tmp_path: Path, tied: bool) -> None:
     folder = write_policy(tmp_path / "in", seed=7, tied=tied)
     learner = build_learner(folder, mesh)

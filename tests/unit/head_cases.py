@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,28 @@ def drawn(
     return normal(num_rows, hidden), normal(vocab, hidden), targets, temperature
 
 
+Chosen = tuple[Tensor, Tensor, Tensor, Tensor]
+"""logits [T, V], rows [N], targets [N], temperature [N]"""
+
+
+def chosen_rows(num_rows: int, num_chosen: int, vocab: int) -> Chosen:
+    """Any rows, some of them more than once."""
+    logits, _, _, _ = drawn(num_rows, 1, vocab)
+    _, _, targets, temperature = drawn(num_chosen, vocab, 1)
+    random = torch.Generator().manual_seed(num_rows)
+    return logits, torch.randint(0, num_rows, (num_chosen,), generator=random), targets, temperature
+
+
 def written_out(case: Case) -> tuple[Tensor, Tensor]:
     hidden, weight, targets, temperature = case
-    z = hidden.double() @ weight.double().T / temperature[:, None].double()
+    logits = hidden.double() @ weight.double().T
+    return of_chosen(logits, torch.arange(len(hidden)), targets, temperature)
+
+
+def of_chosen(
+    logits: Tensor, rows: Tensor, targets: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    z = logits.double()[rows] / temperature[:, None].double()
     logp = z.log_softmax(-1)
     p = logp.exp()
     entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
@@ -36,3 +56,10 @@ def written_out(case: Case) -> tuple[Tensor, Tensor]:
 def assert_same(found: Any, right: Any, *, atol: float = 1e-12) -> None:
     for one, other in zip(found, right, strict=True):
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-12, atol=atol)
+
+
+def gradients(found: tuple[Tensor, Tensor], to: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of a sum in which every row counts otherwise."""
+    logprob, entropy = found
+    factor = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
+    return torch.autograd.grad((logprob * factor).sum() + (entropy * factor.cos()).sum(), to)

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.kernels.linear_logprob import linear_logprob
-from tests.unit.head_cases import Case, assert_same, drawn, written_out
+from tests.unit.head_cases import Case, assert_same, drawn, gradients, written_out
 
 OP: Any = torch.ops.megatron_srpo.linear_logprob
-
-
-def gradients(found: tuple[Tensor, Tensor], to: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of a sum in which every row counts otherwise."""
-    logprob, entropy = found
-    factor = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
-    return torch.autograd.grad((logprob * factor).sum() + (entropy * factor.cos()).sum(), to)
 
 
 def assert_right(case: Case, **options: Any) -> None:
@@ -98,6 +91,40 @@ def test_rows_of_the_weight_that_are_no_tokens_have_no_part_in_it():
     (by_weight,) = gradients(found, [padded])
     assert by_weight[:13].abs().min() > 0
     assert torch.equal(by_weight[13:], torch.zeros_like(by_weight[13:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_weight_s_gradient_may_be_added_to_what_is_there_instead(dtype: torch.dtype):
+    hidden, weight, targets, temperature = drawn(6, 20, dtype=dtype)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    before = torch.linspace(-1, 1, 100, dtype=wide).view(20, 5)
+    main_grad, options = before.clone(), {"num_real": 13, "chunk": 5}
+    case = *inputs, targets % 13
+    right = linear_logprob(*case, temperature=temperature, **options)
+    found = linear_logprob(*case, temperature=temperature, **options, main_grad_VH=main_grad)
+    by_hidden, by_weight = gradients(found, inputs)
+    assert torch.equal(main_grad[13:], before[13:]) and not by_weight.any()
+    right_by_hidden, right_by_weight = gradients(right, inputs)
+    assert torch.equal(by_hidden, right_by_hidden)
+    rounding = 1e-12 if dtype == torch.float64 else 2e-2  # the other one is rounded to bfloat16
+    torch.testing.assert_close(
+        (main_grad - before).double(), right_by_weight.double(), rtol=rounding, atol=rounding
+    )
+    gradients(
+        linear_logprob(*case, temperature=temperature, **options, main_grad_VH=main_grad), inputs
+    )
+    if dtype == torch.float64:
+        torch.testing.assert_close(main_grad - before, 2 * right_by_weight)
+
+
+def test_a_gradient_that_is_added_to_what_is_there_is_registered_as_torch_wants_it():
+    hidden, weight, targets, temperature = drawn(5, 11)
+    softmax, by_output = torch.rand(3, 5).double(), torch.rand(2, 5).double()
+    tensors = hidden, weight, targets, temperature, softmax, by_output
+    backward: Any = torch.ops.megatron_srpo.linear_logprob_backward
+    outcome = torch.library.opcheck(backward, (*tensors, 0, 9, 4, torch.zeros_like(weight)))
+    assert set(outcome.values()) == {"SUCCESS"}
 
 
 def test_no_rows_give_no_values_and_gradients_of_zero():

@@ -26,7 +26,7 @@ TYPES = {"targets_ptr": "*i64", "rows_ptr": "*i64"} | dict.fromkeys(
 def test_the_triton_functions_are_those_of_torch():
     pytest_alone = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*pytest_alone, HERE / "interpreted_rows.py"],
+        [*pytest_alone, HERE / "interpreted_rows.py", HERE / "interpreted_ops.py"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

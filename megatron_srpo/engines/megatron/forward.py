@@ -8,7 +8,7 @@ Legend: T packed tokens, H hidden size, V padded vocabulary / TP.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -132,6 +132,13 @@ class Forward:
             return chunk.shared_embedding_or_output_weight()
         return chunk.output_layer.weight
 
+    @property
+    def _main_grad(self) -> Tensor | None:
+        """[V, H] where DistributedDataParallel adds up the head's gradients, if Megatron's layers
+        write theirs there themselves. It finds a gradient of 0 to add then."""
+        chunk, weight = unwrap_model(self._models[-1]), cast(Any, self._head_weight)
+        return weight.main_grad if chunk.config.gradient_accumulation_fusion else None
+
     def logprobs(
         self, hidden_TH: Tensor, micro_batch: MicroBatch, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
@@ -146,6 +153,7 @@ class Forward:
             temperature=temperature,
             num_real=self._num_real,
             group=self._mesh.tp_group,
+            main_grad_VH=self._main_grad,
         )
         return (
             self._of_all_ranks(logprobs_T, micro_batch),

@@ -48,17 +48,20 @@ from megatron_srpo.engines.megatron.weights import (
     load_hf,
     local_parameters,
 )
+from megatron_srpo.kernels.policy_loss import policy_loss
 from megatron_srpo.loss import (
     Counters,
     TokenTensors,
     add_counters,
     on_host,
     over_sampled,
-    policy_loss,
     to_metrics,
 )
+from megatron_srpo.loss import policy_loss as reference_loss
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
+
+LOSSES = {"fused": policy_loss, "reference": reference_loss}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,6 +94,7 @@ class MegatronLearner:
         """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over. An
         update can be stopped at `points`, until it has changed weights."""
         self._mesh, self._temperature, self._cfg = mesh, temperature, loss
+        self._policy_loss = LOSSES[kernels.head]
         self._points = points or StopPoints()
         self._family, self._heads = family_of(folder), heads_of(folder)
         self.modules = build_chunks(folder, mesh, dtype)
@@ -225,7 +229,7 @@ class MegatronLearner:
             reference_T=item.reference_T,
             cu_seqlens=self._forward.tensor(micro_batch.cu_seqlens),
         )
-        loss, counters = policy_loss(logprobs_T, tokens, self._cfg, denominator=denominator)
+        loss, counters = self._policy_loss(logprobs_T, tokens, self._cfg, denominator=denominator)
         entropy = {"entropy": over_sampled(entropies_T, tokens)}
         return loss, replace(counters, quotients=counters.quotients | entropy)
 

@@ -63,11 +63,12 @@ class Head(Protocol):
         temperature: float,
         num_real: int,
         group: dist.ProcessGroup,
+        main_grad_VH: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[T] log-prob of each target, differentiable, and [T] entropy, nats; 0 where not wanted.
 
         `weight_VH` is this rank's shard, of equally many rows on each; its first `num_real` rows
-        are tokens that exist.
+        are tokens that exist. Its gradient may go to `main_grad_VH` instead of back.
         """
         ...
 
@@ -81,6 +82,7 @@ def fused(
     temperature: float,
     num_real: int,
     group: dist.ProcessGroup,
+    main_grad_VH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A `Head`: tokens that are not wanted cost nothing."""
     rows = is_wanted_T.nonzero()[:, 0]
@@ -92,6 +94,7 @@ def fused(
         first_id=group.rank() * len(weight_VH),
         num_real=num_real,
         group=group,
+        main_grad_VH=main_grad_VH,
     )
     nothing_T = logprobs.new_zeros(is_wanted_T.shape)
     return nothing_T.index_copy(0, rows, logprobs), nothing_T.index_copy(0, rows, entropies)
@@ -106,6 +109,7 @@ def reference(
     temperature: float,
     num_real: int,
     group: dist.ProcessGroup,
+    main_grad_VH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A `Head`: what the fused one is compared with."""
     scaled_TV = scaled_logits(
