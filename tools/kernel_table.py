@@ -1,4 +1,4 @@
-"""What do the kernels take of a GPU, and does any spill?   compiled for sm_80, sm_90, sm_100, no GPU
+"""What do the kernels take of a GPU, and does any spill?   compiled for three kinds, without one
 
     python tools/kernel_table.py [--out benchmarks/kernels.md]
 
@@ -17,8 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ MODULES = (rows_triton, logprob_stats_triton, policy_loss_triton, group_advantag
 ARCHITECTURES = (80, 90, 100)
 CUDA_ARCHITECTURES = ("90a", "100a")
 TIMEOUT_S = 120
+UNSPECIALIZED = ", nothing known of divisibility"
 TABLE = Path(__file__).parents[1] / "benchmarks" / "kernels.md"
 TYPES = {
     torch.float32: "*fp32",
@@ -71,7 +72,9 @@ class Launch:
             if isinstance(v, Tensor) and v.dtype.is_floating_point and v.dtype != torch.float32
         )
         chosen = ", ".join(n for n, v in self.values.items() if v is True)
-        absent = ", ".join(f"no {n.removesuffix('_ptr')}" for n, v in self.values.items() if v is None)
+        absent = ", ".join(
+            f"no {n.removesuffix('_ptr')}" for n, v in self.values.items() if v is None
+        )
         assert pointers, "a kernel without memory"
         file = self.kernel.fn.__module__.rpartition(".")[2]
         details = "; ".join(filter(None, (dtypes, chosen, absent)))
@@ -91,7 +94,9 @@ class Launch:
             number = value.data_ptr() if isinstance(value, Tensor) else value
             if specialized and isinstance(number, int) and number % 16 == 0:
                 attributes[place,] = [["tt.divisibility", 16]]
-        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        return ASTSource(
+            fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,19 +153,23 @@ def launch_everything() -> None:
         fp32_logits = torch.zeros(num_rows, vocab)
         rows_triton.absorb(stats, fp32_logits, row_ids_N, row_N)
         rows_triton.gradients(fp32_logits, row_ids_N, row_N, softmax, outputs, dtype)
-    for surrogate in ("reinforce", "ppo"):
-        for importance in ("none", "token_truncate", "token_mask", "sequence_truncate"):
-            for other in (None, row_N):
-                policy_loss_triton.policy_loss(
-                    *(row_N, row_N, row_N, row_N, other, other, torch.zeros(3, dtype=torch.int32)),
-                    *(surrogate, importance, 0.2, 0.2, 0.1, 2.0, 7.0),
-                )
-    for dtype in (torch.float32, torch.float64):
-        for baseline in ("mean", "leave_one_out"):
-            for std in ("population", "sample", "none"):
-                group_advantage_triton.group_advantage(
-                    torch.zeros(32, dtype=dtype), torch.tensor([0, 16, 32]), baseline, std
-                )
+    for surrogate, importance, other in (
+        ("reinforce", "none", None),
+        ("ppo", "token_truncate", row_N),
+        ("ppo", "sequence_mask", row_N),
+    ):
+        policy_loss_triton.policy_loss(
+            *(row_N, row_N, row_N, row_N, other, other, torch.zeros(3, dtype=torch.int32)),
+            *(surrogate, importance, 0.2, 0.2, 0.1, 2.0, 7.0),
+        )
+    for dtype, baseline, std in (
+        (torch.float32, "mean", "population"),
+        (torch.float64, "leave_one_out", "sample"),
+        (torch.float32, "mean", "none"),
+    ):
+        group_advantage_triton.group_advantage(
+            torch.zeros(32, dtype=dtype), torch.tensor([0, 16, 32]), baseline, std
+        )
 
 
 def never_launched(found: list[Launch]) -> set[str]:
@@ -183,12 +192,30 @@ def body(kernel: Any) -> str:
 # --- compilation ---
 
 
-def compiled(launch: Launch, capability: int, *, specialized: bool) -> Usage:
-    """Raises `TimeoutError`."""
+def compiled(wanted: Sequence[tuple[Launch, int, bool]]) -> Iterator[Usage]:
+    """Of a launch on an architecture, with or without what is known of divisibility. Raises
+    `TimeoutError`, and `RuntimeError` if one cannot be compiled: what is wrong is on stderr."""
     context = get_context("fork")  # nothing that Triton's compiler does can be interrupted
     receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=compile_all, args=(wanted, sender))
+    process.start()
+    sender.close()
+    try:
+        for launch, capability, _ in wanted:
+            if not receiver.poll(TIMEOUT_S):
+                raise TimeoutError(f"{launch.name}, sm_{capability}: over {TIMEOUT_S} s")
+            yield receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{launch.name}, sm_{capability}: not compiled") from None
+    finally:
+        process.kill()
+        process.join()
 
-    def work() -> None:
+
+def compile_all(wanted: Sequence[tuple[Launch, int, bool]], sender: Any) -> None:
+    """In a process of its own: sends a `Usage` for each."""
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # what 3.9 does, and warns of
+    for launch, capability, specialized in wanted:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TRITON_CACHE_DIR"] = folder
             result = triton.compile(
@@ -199,35 +226,18 @@ def compiled(launch: Launch, capability: int, *, specialized: bool) -> Usage:
             binary = Path(folder) / "kernel.cubin"
             binary.write_bytes(result.asm["cubin"])
             ((_, usage),) = usages(binary)
-            sender.send((usage, result.metadata.shared))
-
-    process = context.Process(target=work)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(TIMEOUT_S):
-            process.kill()
-            raise TimeoutError(f"{launch.name}, sm_{capability}: not compiled in {TIMEOUT_S} s")
-        usage, shared_bytes = receiver.recv()
-    finally:
-        process.join()
-    return Usage(
-        registers=usage.registers, shared_bytes=shared_bytes, spilled=usage.spilled
-    )
+        sender.send(replace(usage, shared_bytes=result.metadata.shared))
 
 
 def usages(binary: Path) -> Iterator[tuple[str, Usage]]:
     """Of each function in it."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-    def said(option: str) -> str:
-        command = [str(tools / "cuobjdump"), option, str(binary)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    assembly = re.split(r"Function : (\S+)", said("-sass"))
+    command = [str(tools / "cuobjdump"), "-res-usage", "-sass", str(binary)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assembly = re.split(r"Function : (\S+)", said)
     code = dict(zip(assembly[1::2], assembly[2::2], strict=True))
-    for name, registers, stack, shared, local in re.findall(pattern, said("-res-usage")):
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for name, registers, stack, shared, local in re.findall(pattern, said):
         num_moves = len(re.findall(r"\b(?:STL|LDL)\b", code[name]))
         spilled = int(stack) + int(local) + num_moves
         yield name, Usage(registers=int(registers), shared_bytes=int(shared), spilled=spilled)
@@ -235,16 +245,18 @@ def usages(binary: Path) -> Iterator[tuple[str, Usage]]:
 
 def triton_table() -> tuple[str, dict[str, list[str]]]:
     """Heading, and for each launch a cell an architecture."""
-    rows: dict[str, list[str]] = {}
     found = launches()
     assert not never_launched(found), f"not in the table: {never_launched(found)}"
-    for launch in found:
-        for specialized in (True, False):
-            name = launch.name + ("" if specialized else ", nothing known of divisibility")
-            rows[name] = [
-                str(compiled(launch, capability, specialized=specialized))
-                for capability in ARCHITECTURES
-            ]
+    wanted = [
+        (launch, capability, specialized)
+        for launch in found
+        for specialized in (True, False)
+        for capability in ARCHITECTURES
+    ]
+    rows: dict[str, list[str]] = {}
+    for (launch, _, specialized), usage in zip(wanted, compiled(wanted), strict=True):
+        name = launch.name + ("" if specialized else UNSPECIALIZED)
+        rows.setdefault(name, []).append(str(usage))
     return f"Triton {triton.__version__}", rows
 
 
