@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,8 @@ def group_advantage(rewards_R: Tensor, offsets_G1: Tensor, baseline: str, std: s
     advantages_R = torch.zeros_like(rewards_R, dtype=torch.float32)
     num_groups = len(offsets_G1) - 1
     if num_groups:
-        _group_advantage[(num_groups,)](
+        program_a_group: Any = _group_advantage[(num_groups,)]
+        program_a_group(
             advantages_R,
             rewards_R.contiguous(),
             offsets_G1,

@@ -138,7 +138,9 @@ def _policy_loss(
 def _(logprobs_T: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     from megatron_srpo.kernels import policy_loss_triton
 
-    return policy_loss_triton.policy_loss(logprobs_T, *others)
+    totals_K = logprobs_T.new_empty(len(TOTALS), dtype=torch.float64)
+    loss, slope_T = policy_loss_triton.policy_loss(totals_K, logprobs_T, *others)
+    return loss, slope_T, totals_K
 
 
 @_policy_loss.register_fake

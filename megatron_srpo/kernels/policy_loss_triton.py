@@ -1,9 +1,10 @@
-"""Loss, gradient and counters of a micro-batch's tokens on a GPU: one launch of one program.
+"""Loss, gradient and counters of a micro-batch's tokens on a GPU: one launch of two programs.
 
-Tokens are few (a number of kilobytes each way), so what counts is the launch. Each lane adds up
-every BLOCK-th token, then the lanes are added: in one order, without atomics, and the bits of two
-runs are the same. Importance weights of whole responses take a launch before it, a program a
-response. Formulas are those of `loss.py`, in the dtype of the log-probs.
+Tokens are few (some hundred kilobytes), so what counts is the launch. One program makes the loss,
+one compares trainer and rollout engine; in each, a lane adds up every BLOCK-th token, then the
+lanes are added: in one order, without atomics, and two runs give the same bits. Importance weights
+of whole responses take a launch before it, a program a response. Formulas are those of `loss.py`,
+in the dtype of the log-probs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_srpo.kernels.policy_loss import TOTALS
-
 BLOCK = tl.constexpr(2048)
 SEQUENCE_BLOCK = tl.constexpr(1024)
 
 
 def policy_loss(
+    totals_K: Tensor,
     logprobs_T: Tensor,
     loss_weight_T: Tensor,
     advantage_T: Tensor,
@@ -37,19 +37,18 @@ def policy_loss(
     kl_coef: float,
     importance_cap: float,
     denominator: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation in `policy_loss.py`."""
+) -> tuple[Tensor, Tensor]:
+    """L and its slopes; fills `totals_K`. Everything as in the operation in `policy_loss.py`."""
     slope_T = torch.empty_like(logprobs_T)
     loss = logprobs_T.new_empty(())
-    totals_K = logprobs_T.new_empty(len(TOTALS), dtype=torch.float64)
     log_weight_T = None
     if importance.startswith("sequence"):
         log_weight_T = torch.empty_like(logprobs_T)
         _sequence_log_weights[(len(cu_seqlens) - 1,)](
             log_weight_T, logprobs_T, loss_weight_T, rollout_T, old_T, cu_seqlens
         )
-    one_program: Any = _policy_loss[(1,)]
-    one_program(
+    two_programs: Any = _policy_loss[(2,)]
+    two_programs(
         loss,
         slope_T,
         totals_K,
@@ -71,7 +70,7 @@ def policy_loss(
         IS_TRUNCATED=importance.endswith("truncate"),
         num_warps=16,
     )
-    return loss, slope_T, totals_K
+    return loss, slope_T
 
 
 @triton.jit
@@ -91,10 +90,11 @@ def _sampled(loss_weight, rollout):
 @triton.jit
 def _others(pointer, place, is_here, is_sampled, current):
     """What another policy said, the present one's own where nothing was sampled."""
-    if pointer is None:
-        return current
-    said = tl.load(pointer + place, mask=is_here, other=0.0)
-    return tl.where(is_sampled, said, current)
+    said = current  # a return from within the branch would not keep what follows from compiling
+    if pointer is not None:
+        said = tl.load(pointer + place, mask=is_here, other=0.0)
+        said = tl.where(is_sampled, said, current)
+    return said
 
 
 @triton.jit
@@ -142,21 +142,26 @@ def _policy_loss(
     IS_WEIGHTED: tl.constexpr,
     IS_TRUNCATED: tl.constexpr,
 ):
-    dtype = slope_ptr.dtype.element_ty
-    loss_sum = tl.zeros((BLOCK,), dtype)
-    shown_sum = tl.zeros((BLOCK,), dtype)
-    count_sum = tl.zeros((BLOCK,), dtype)
-    abs_sum = tl.zeros((BLOCK,), dtype)
-    k1_sum = tl.zeros((BLOCK,), dtype)
-    k3_sum = tl.zeros((BLOCK,), dtype)
-    weight_sum = tl.zeros((BLOCK,), dtype)
-    square_sum = tl.zeros((BLOCK,), dtype)
-    clipped_sum = tl.zeros((BLOCK,), dtype)
-    used_sum = tl.zeros((BLOCK,), dtype)
-    capped_sum = tl.zeros((BLOCK,), dtype)
-    reference_sum = tl.zeros((BLOCK,), dtype)
-    abs_max = tl.zeros((BLOCK,), dtype)
-    ratio_max = tl.zeros((BLOCK,), dtype)
+    if tl.program_id(0) == 0:
+        _loss(
+            loss_ptr, slope_ptr, totals_ptr, logprob_ptr, loss_weight_ptr, advantage_ptr,
+            rollout_ptr, old_ptr, reference_ptr, log_weight_ptr, num_tokens, log_low, log_high,
+            kl_coef, importance_cap, denominator, HAS_RATIO, IS_WEIGHTED, IS_TRUNCATED,
+        )  # fmt: skip
+    else:
+        _mismatch(totals_ptr, logprob_ptr, loss_weight_ptr, rollout_ptr, old_ptr, num_tokens)
+
+
+@triton.jit
+def _loss(
+    loss_ptr, slope_ptr, totals_ptr, logprob_ptr, loss_weight_ptr, advantage_ptr,
+    rollout_ptr, old_ptr, reference_ptr, log_weight_ptr, num_tokens, log_low, log_high,
+    kl_coef, importance_cap, denominator,
+    HAS_RATIO: tl.constexpr, IS_WEIGHTED: tl.constexpr, IS_TRUNCATED: tl.constexpr,
+):  # fmt: skip
+    loss_sum = tl.zeros((BLOCK,), slope_ptr.dtype.element_ty)
+    shown_sum, clipped_sum, used_sum = loss_sum, loss_sum, loss_sum
+    capped_sum, reference_sum, ratio_max = loss_sum, loss_sum, loss_sum
     for first in range(0, num_tokens, BLOCK):
         place = first + tl.arange(0, BLOCK)
         is_here = place < num_tokens
@@ -164,73 +169,91 @@ def _policy_loss(
         loss_weight = tl.load(loss_weight_ptr + place, mask=is_here, other=0.0)
         advantage = tl.load(advantage_ptr + place, mask=is_here, other=0.0)
         rollout = tl.load(rollout_ptr + place, mask=is_here, other=0.0)
-        is_shown = rollout != rollout
         is_sampled = _sampled(loss_weight, rollout)
+        is_shown = rollout != rollout
         old = _others(old_ptr, place, is_here, is_sampled, current)
-        log_ratio = current - old
-        off = tl.where(is_sampled, old - rollout, 0.0)
-        mismatch = tl.exp(off)
-
+        score, steepness, bites = _surrogate(
+            current, current - old, advantage, is_shown, log_low, log_high, HAS_RATIO
+        )
         credit = loss_weight * advantage
-        score = current
-        steepness = tl.full((BLOCK,), 1.0, dtype)
-        if HAS_RATIO:
-            too_likely = (advantage > 0) & (log_ratio > log_high)
-            too_unlikely = (advantage < 0) & (log_ratio < log_low)
-            bites = too_likely | too_unlikely
-            bound = tl.minimum(tl.maximum(log_ratio, log_low), log_high)
-            ratio = tl.exp(tl.where(bites, bound, log_ratio))
-            score = tl.where(is_shown, current, ratio)
-            steepness = tl.where(is_shown, 1.0, tl.where(bites, 0.0, ratio))
-            clipped_sum += tl.where(is_sampled & bites, 1.0, 0.0)
         if IS_WEIGHTED:
-            weight = mismatch
+            log_weight = tl.where(is_sampled, old - rollout, 0.0)
             if log_weight_ptr is not None:
-                weight = tl.exp(tl.load(log_weight_ptr + place, mask=is_here, other=0.0))
-            is_over = weight > importance_cap
-            cut = tl.where(is_over, importance_cap if IS_TRUNCATED else 0.0, weight)
-            used = tl.where(is_sampled, cut, 1.0)
-            credit = credit * used
-            used_sum += tl.where(is_sampled, used, 0.0)
-            capped_sum += tl.where(is_sampled & is_over, 1.0, 0.0)
+                log_weight = tl.load(log_weight_ptr + place, mask=is_here, other=0.0)
+            weight = tl.exp(log_weight)
+            is_over = is_sampled & (weight > importance_cap)
+            weight = tl.where(is_over, importance_cap if IS_TRUNCATED else 0.0, weight)
+            credit = tl.where(is_sampled, credit * weight, credit)
+            used_sum += tl.where(is_sampled, weight, 0.0)
+            capped_sum += tl.where(is_over, 1.0, 0.0)
         loss = -(credit * score)
         slope = -(credit * steepness)
         if reference_ptr is not None:
-            cost = kl_coef * loss_weight
             d = _others(reference_ptr, place, is_here, is_sampled, current) - current
             k3 = _k3(d)
-            loss += cost * k3
-            slope -= cost * (d + k3)
+            loss += kl_coef * loss_weight * k3
+            slope -= kl_coef * loss_weight * (d + k3)
             reference_sum += tl.where(is_sampled, k3, 0.0)
         tl.store(slope_ptr + place, slope / denominator, mask=is_here)
-
-        loss_sum += tl.where(is_here, loss, 0.0)
+        loss_sum += loss
         shown_sum += tl.where(is_shown, loss, 0.0)
+        clipped_sum += tl.where(is_sampled & bites, 1.0, 0.0)
+        ratio_max = _larger(ratio_max, tl.where(is_sampled, tl.exp(current - old), 0.0))
+    tl.store(loss_ptr, tl.sum(loss_sum, 0) / denominator)
+    tl.store(totals_ptr, tl.sum(loss_sum, 0) / denominator)
+    tl.store(totals_ptr + 1, tl.sum(shown_sum, 0) / denominator)
+    tl.store(totals_ptr + 8, tl.sum(clipped_sum, 0))
+    tl.store(totals_ptr + 9, tl.sum(used_sum, 0))
+    tl.store(totals_ptr + 10, tl.sum(capped_sum, 0))
+    tl.store(totals_ptr + 11, tl.sum(reference_sum, 0))
+    tl.store(totals_ptr + 13, _largest(ratio_max))
+
+
+@triton.jit
+def _surrogate(current, log_ratio, advantage, is_shown, log_low, log_high, HAS_RATIO: tl.constexpr):
+    """What the credit multiplies, its slope, and where the clip bites."""
+    bites = advantage != advantage
+    score = current
+    steepness = tl.full((BLOCK,), 1.0, current.dtype)
+    if HAS_RATIO:
+        too_likely = (advantage > 0) & (log_ratio > log_high)
+        bites = too_likely | ((advantage < 0) & (log_ratio < log_low))
+        bound = tl.minimum(tl.maximum(log_ratio, log_low), log_high)
+        ratio = tl.exp(tl.where(bites, bound, log_ratio))
+        score = tl.where(is_shown, current, ratio)
+        steepness = tl.where(is_shown, 1.0, tl.where(bites, 0.0, ratio))
+    return score, steepness, bites
+
+
+@triton.jit
+def _mismatch(totals_ptr, logprob_ptr, loss_weight_ptr, rollout_ptr, old_ptr, num_tokens):
+    count_sum = tl.zeros((BLOCK,), logprob_ptr.dtype.element_ty)
+    abs_sum, k1_sum, k3_sum = count_sum, count_sum, count_sum
+    weight_sum, square_sum, abs_max = count_sum, count_sum, count_sum
+    for first in range(0, num_tokens, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        is_here = place < num_tokens
+        current = tl.load(logprob_ptr + place, mask=is_here, other=0.0)
+        loss_weight = tl.load(loss_weight_ptr + place, mask=is_here, other=0.0)
+        rollout = tl.load(rollout_ptr + place, mask=is_here, other=0.0)
+        is_sampled = _sampled(loss_weight, rollout)
+        old = _others(old_ptr, place, is_here, is_sampled, current)
+        off = tl.where(is_sampled, old - rollout, 0.0)
+        weight = tl.where(is_sampled, tl.exp(off), 0.0)
         count_sum += tl.where(is_sampled, 1.0, 0.0)
         abs_sum += tl.abs(off)
         k1_sum -= off
         k3_sum += _k3(off)
-        weight_sum += tl.where(is_sampled, mismatch, 0.0)
-        square_sum += tl.where(is_sampled, mismatch * mismatch, 0.0)
+        weight_sum += weight
+        square_sum += weight * weight
         abs_max = _larger(abs_max, tl.abs(off))
-        ratio_max = _larger(ratio_max, tl.where(is_sampled, tl.exp(log_ratio), 0.0))
-
-    loss = tl.sum(loss_sum, 0) / denominator
-    tl.store(loss_ptr, loss)
-    tl.store(totals_ptr, loss)
-    tl.store(totals_ptr + 1, tl.sum(shown_sum, 0) / denominator)
     tl.store(totals_ptr + 2, tl.sum(count_sum, 0))
     tl.store(totals_ptr + 3, tl.sum(abs_sum, 0))
     tl.store(totals_ptr + 4, tl.sum(k1_sum, 0))
     tl.store(totals_ptr + 5, tl.sum(k3_sum, 0))
     tl.store(totals_ptr + 6, tl.sum(weight_sum, 0))
     tl.store(totals_ptr + 7, tl.sum(square_sum, 0))
-    tl.store(totals_ptr + 8, tl.sum(clipped_sum, 0))
-    tl.store(totals_ptr + 9, tl.sum(used_sum, 0))
-    tl.store(totals_ptr + 10, tl.sum(capped_sum, 0))
-    tl.store(totals_ptr + 11, tl.sum(reference_sum, 0))
     tl.store(totals_ptr + 12, _largest(abs_max))
-    tl.store(totals_ptr + 13, _largest(ratio_max))
 
 
 @triton.jit

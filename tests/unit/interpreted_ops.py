@@ -22,7 +22,7 @@ from megatron_srpo.kernels import (
     rows_triton,
 )
 from megatron_srpo.kernels.group_advantage import Baseline, Std
-from megatron_srpo.kernels.policy_loss import arguments, counters
+from megatron_srpo.kernels.policy_loss import TOTALS, arguments, counters
 from megatron_srpo.loss import Counters, TokenTensors
 from tests.unit import test_loss
 from tests.unit.advantage_cases import GROUPS, by_the_loop, flat
@@ -131,8 +131,9 @@ def test_offsets_of_logits_may_need_more_than_32_bits(monkeypatch: pytest.Monkey
 def by_operation(
     logprobs: Tensor, tokens: TokenTensors, cfg: LossConfig
 ) -> tuple[Tensor, Tensor, Counters]:
-    loss, slope, totals = policy_loss_triton.policy_loss(logprobs, *arguments(tokens, cfg, 3.0))
-    return loss, slope, counters(totals, cfg)
+    totals = torch.full((len(TOTALS),), float("nan"), dtype=torch.float64)
+    case: Any = arguments(tokens, cfg, 3.0)
+    return *policy_loss_triton.policy_loss(totals, logprobs, *case), counters(totals, cfg)
 
 
 def by_formulas(
@@ -162,8 +163,7 @@ def test_loss_slopes_and_counters_are_those_of_the_formulas(cfg: LossConfig, len
 
 def test_differences_that_are_small_keep_their_digits_in_k3():
     reference = torch.tensor([1e-4, -3e-5])
-    case = arguments(_against(reference), LossConfig(kl_coef=1.0), 1.0)
-    loss, _, _ = policy_loss_triton.policy_loss(torch.zeros(2), *case)
+    loss, _, _ = by_operation(torch.zeros(2), _against(reference), LossConfig(kl_coef=3.0))
     right = (reference.double().expm1() - reference.double()).sum()
     torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
 
@@ -203,9 +203,9 @@ def test_no_tokens_have_no_loss():
 
 def test_two_runs_give_the_same_bits():
     logprobs, tokens = test_loss.drawn(3, [3000])
-    case: Any = (logprobs, *arguments(tokens, LOSSES["sequence_mask"], 3.0))
-    first, second = policy_loss_triton.policy_loss(*case), policy_loss_triton.policy_loss(*case)
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    one, other = (by_operation(logprobs, tokens, LOSSES["sequence_mask"]) for _ in range(2))
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert_same_counters(one[2], other[2], rel=0)
 
 
 # --- advantages ---

@@ -8,7 +8,7 @@ Legend: T packed tokens, H hidden size, V padded vocabulary / TP.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -136,7 +136,8 @@ class Forward:
     def _main_grad(self) -> Tensor | None:
         """[V, H] where DistributedDataParallel adds up the head's gradients, if Megatron's layers
         write theirs there themselves. It finds a gradient of 0 to add then."""
-        chunk, weight = unwrap_model(self._models[-1]), cast(Any, self._head_weight)
+        chunk: Any = unwrap_model(self._models[-1])
+        weight: Any = self._head_weight
         return weight.main_grad if chunk.config.gradient_accumulation_fusion else None
 
     def logprobs(
