@@ -62,6 +62,9 @@ def tests_of(file: str) -> list[str]:
     names = [own, "algorithm", "cases", "rollouts"] if own in ALGORITHM else [own]
     if file.startswith("engines/megatron/"):
         names += ["families", "convert"]
+    names += {"loss": ["policy_loss"], "products": ["linear_logprob"]}.get(own, [])
+    if own.endswith("_triton"):
+        names += ["rows_triton"]
     if file.startswith("rewards/"):
         names += ["process"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]

@@ -87,8 +87,8 @@ def _(
 
     temperature_N = temperature_N.to(wide(logits_TV)).contiguous()
     stats_4N = rows.nothing_seen(len(rows_N), like=temperature_N)
-    real_TV = logits_TV[:, :num_real]
-    rows_triton.absorb_chosen(stats_4N, real_TV, rows_N, targets_N - first_id, temperature_N)
+    real_TV, targets_N = logits_TV[:, :num_real], (targets_N - first_id).contiguous()
+    rows_triton.absorb_chosen(stats_4N, real_TV, rows_N.contiguous(), targets_N, temperature_N)
     return rows.whole(stats_4N, group_name)
 
 
@@ -147,7 +147,7 @@ def _(
     return logprob_stats_triton.gradients(
         logits_TV,
         rows_N,
-        targets_N - first_id,
+        (targets_N - first_id).contiguous(),
         temperature_N.to(softmax_3N.dtype).contiguous(),
         softmax_3N,
         by_output_2N,

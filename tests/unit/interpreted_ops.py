@@ -111,12 +111,12 @@ def test_rows_of_which_nothing_is_chosen_are_not_read():
 
 
 def test_offsets_of_logits_may_need_more_than_32_bits(monkeypatch: pytest.MonkeyPatch):
-    """Two rows so far apart; the memory between them is never touched. The interpreter would copy
-    it all to itself."""
+    """Rows so far apart, by a stride of 31 bits; the memory between them is never touched. The
+    interpreter would copy it all to itself."""
     monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, source: None)
-    far = torch.empty(2**31 + 8, dtype=torch.float16).as_strided((2, 8), (2**31, 1))
-    logits, *others = chosen_rows(2, 2, 8)
-    others[0] = torch.tensor([1, 0])
+    far = torch.empty(2**31 + 8, dtype=torch.float16).as_strided((3, 8), (2**30, 1))
+    logits, *others = chosen_rows(3, 2, 8)
+    others[0] = torch.tensor([2, 0])
     far.copy_(logits)
     near = far.clone(memory_format=torch.contiguous_format)
     for one, other in zip(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from megatron_srpo import loss as formulas
 from megatron_srpo.config import LossConfig
-from megatron_srpo.kernels import policy_loss as module
-from megatron_srpo.kernels.policy_loss import policy_loss
+from megatron_srpo.kernels import policy_loss as operation
 from megatron_srpo.loss import TokenTensors, to_metrics
 from tests.unit import test_loss
 from tests.unit.loss_cases import LOSSES, assert_same_counters, nothing
@@ -23,7 +22,7 @@ OP: Any = torch.ops.megatron_srpo.policy_loss
 
 @pytest.fixture(autouse=True)
 def by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_loss, "policy_loss", policy_loss)
+    monkeypatch.setattr(test_loss, "policy_loss", operation.policy_loss)
 
 
 def by_logprobs(loss: Any, logprobs: Tensor, *others: Any) -> tuple[Tensor, Tensor, Any]:
@@ -38,7 +37,7 @@ def by_logprobs(loss: Any, logprobs: Tensor, *others: Any) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("lengths", [[1], [40], [9, 6, 5, 30]])
 def test_loss_gradient_and_counters_are_those_of_the_formulas(cfg: LossConfig, lengths: list[int]):
     logprobs, tokens = drawn(3, lengths)
-    found = by_logprobs(policy_loss, logprobs, tokens, cfg)
+    found = by_logprobs(operation.policy_loss, logprobs, tokens, cfg)
     right = by_logprobs(formulas.policy_loss, logprobs, tokens, cfg)
     torch.testing.assert_close(found[:2], right[:2], rtol=1e-13, atol=1e-13)
     assert_same_counters(found[2], right[2], rel=1e-13)
@@ -48,7 +47,7 @@ def test_loss_gradient_and_counters_are_those_of_the_formulas(cfg: LossConfig, l
 def test_no_tokens_and_no_trained_tokens_have_no_loss(cfg: LossConfig):
     logprobs, tokens = drawn(3, [8])
     for case in (nothing(tokens), (logprobs, silent(tokens))):
-        value, gradient, counters = by_logprobs(policy_loss, *case, cfg)
+        value, gradient, counters = by_logprobs(operation.policy_loss, *case, cfg)
         assert value == 0 and torch.equal(gradient, torch.zeros_like(case[0]))
         metrics = to_metrics(counters)
         assert metrics.pop("mismatch/ess") == 1.0 and set(metrics.values()) == {0.0}
@@ -68,7 +67,7 @@ def silent(tokens: TokenTensors) -> TokenTensors:
 @pytest.mark.parametrize("name", ["reinforce", "everything"])
 def test_the_operation_is_registered_as_torch_wants_it(name: str):
     logprobs, tokens = drawn(3, [5, 4])
-    others = module.arguments(tokens, LOSSES[name], 3.0)
+    others = operation.arguments(tokens, LOSSES[name], 3.0)
     outcome = torch.library.opcheck(OP, (logprobs.requires_grad_(), *others))
     assert set(outcome.values()) == {"SUCCESS"}
 
@@ -77,14 +76,14 @@ def test_the_gradient_passes_torch_s_own_check():
     logprobs, tokens = drawn(3, [5, 4])
 
     def value(logprobs: Tensor) -> Tensor:
-        return policy_loss(logprobs, tokens, LOSSES["everything"], denominator=3.0)[0]
+        return operation.policy_loss(logprobs, tokens, LOSSES["everything"], denominator=3.0)[0]
 
     assert torch.autograd.gradcheck(value, logprobs.requires_grad_())
 
 
 def test_it_compiles_into_one_graph_forward_and_backward():
     logprobs, tokens = drawn(3, [5, 4])
-    others = module.arguments(tokens, LOSSES["everything"], 3.0)
+    others = operation.arguments(tokens, LOSSES["everything"], 3.0)
     logprobs.requires_grad_()
     compiled = torch.compile(lambda x: OP(x, *others)[0], fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(disable=False):  # the engines' environment turns it off
