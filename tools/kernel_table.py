@@ -39,6 +39,7 @@ from megatron_srpo.kernels import (
     policy_loss_triton,
     rows_triton,
 )
+from megatron_srpo.kernels.policy_loss import TOTALS
 
 MODULES = (rows_triton, logprob_stats_triton, policy_loss_triton, group_advantage_triton)
 ARCHITECTURES = (80, 90, 100)
@@ -153,13 +154,23 @@ def launch_everything() -> None:
         fp32_logits = torch.zeros(num_rows, vocab)
         rows_triton.absorb(stats, fp32_logits, row_ids_N, row_N)
         rows_triton.gradients(fp32_logits, row_ids_N, row_N, softmax, outputs, dtype)
+    totals_K = torch.zeros(len(TOTALS), dtype=torch.float64)
     for surrogate, importance, other in (
         ("reinforce", "none", None),
         ("ppo", "token_truncate", row_N),
         ("ppo", "sequence_mask", row_N),
     ):
         policy_loss_triton.policy_loss(
-            *(row_N, row_N, row_N, row_N, other, other, torch.zeros(3, dtype=torch.int32)),
+            *(
+                totals_K,
+                row_N,
+                row_N,
+                row_N,
+                row_N,
+                other,
+                other,
+                torch.zeros(3, dtype=torch.int32),
+            ),
             *(surrogate, importance, 0.2, 0.2, 0.1, 2.0, 7.0),
         )
     for dtype, baseline, std in (

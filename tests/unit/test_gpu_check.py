@@ -103,7 +103,9 @@ def test_rivals_that_are_not_here_are_not_run_and_those_that_are_have_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(kernel_speed, "measure", one_call)
-    kept = {name: rivals.RIVALS[name] for name in ("torch eager", "quack chunked linear cross entropy")}
+    kept = {
+        name: rivals.RIVALS[name] for name in ("torch eager", "quack chunked linear cross entropy")
+    }
     monkeypatch.setattr(kernel_speed, "RIVALS", kept)
     found = {r.name.split(", ")[2]: r for r in kernel_speed.rivals(SMOKE, CPU)}
     assert found["ours"].numbers["error_nats"] < 5e-6

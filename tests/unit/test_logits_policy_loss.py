@@ -183,8 +183,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if not shutil.which("g++"):
         pytest.skip("g++ is not there to compile the CUDA source as C++")
     built = tmp_path_factory.mktemp("cuda_as_cpp") / "kernel.so"
-    options = "-O1 -std=c++17 -w -shared -fPIC -pthread -fno-extern-tls-init -x c++".split()
-    command = ["g++", *options, "-I", HERE / "cuda_as_cpp", "-o", built, op.SOURCE]
+    options = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-pthread", "-fno-extern-tls-init"]
+    command = ["g++", *options, "-x", "c++", "-I", HERE / "cuda_as_cpp", "-o", built, op.SOURCE]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(built))
 
@@ -242,7 +242,9 @@ def test_the_cuda_kernel_has_the_coefficients_of_the_loss(
 ):
     library.set_reversed(is_reversed)
     case = drawn(14, 64, dtype=torch.float32)
-    assert_right(launched(library, case, CONFIGS[name], 64, 2), written_out(case, CONFIGS[name], 64))
+    assert_right(
+        launched(library, case, CONFIGS[name], 64, 2), written_out(case, CONFIGS[name], 64)
+    )
     library.set_reversed(0)
 
 

@@ -1,4 +1,4 @@
-"""The source of the GPU's functions, run by Triton's interpreter (`test_kernel_table.py` compiles it)."""
+"""The GPU's functions in Triton's interpreter; `test_kernel_table.py` compiles them."""
 
 from __future__ import annotations
 

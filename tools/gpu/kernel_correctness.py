@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -314,7 +315,7 @@ def same_bits(device: torch.device) -> tuple[Numbers, Numbers]:
     hidden, weight, target_ids = inputs.head(size, device)
     logits = inputs.normal(128, 5003, device=device, dtype=torch.bfloat16).requires_grad_()
     tokens, cfg = inputs.tokens(128, device), CONFIGS["ppo"]
-    how = {"denominator": 7.0, "temperature": inputs.TEMPERATURE}
+    how: dict[str, Any] = {"denominator": 7.0, "temperature": inputs.TEMPERATURE}
 
     def everything() -> list[Tensor]:
         head = linear_logprob(hidden, weight, target_ids, temperature=inputs.TEMPERATURE)

@@ -176,7 +176,10 @@ def logits_works(size: Size, device: torch.device) -> tuple[dict[str, Work], dic
         return logprob_stats(logits, rows, targets, temperature=inputs.TEMPERATURE)
 
     def one_read() -> object:
-        how = {"denominator": float(size.num_rows), "temperature": inputs.TEMPERATURE}
+        how: dict[str, Any] = {
+            "denominator": float(size.num_rows),
+            "temperature": inputs.TEMPERATURE,
+        }
         return logits_policy_loss(logits, targets, tokens, PPO, **how)[0]
 
     outputs = forward()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def megatron() -> Head:
     parallel = imported("megatron.core.tensor_parallel")
     state = imported("megatron.core.parallel_state")
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[reportPrivateImportUsage]
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
         state.initialize_model_parallel()
 
@@ -93,7 +94,7 @@ RIVALS: dict[str, Callable[[], Head]] = {
 }
 
 
-def imported(name: str):
+def imported(name: str) -> Any:
     """Raises `NotRun` with the reason."""
     try:
         return importlib.import_module(name)

@@ -9,8 +9,10 @@ import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 WARM_UPS, REPETITIONS = 8, 30
 Work = Callable[[], object]
@@ -80,7 +82,8 @@ def kernels_of(work: Work) -> tuple[int, float]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
-        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        events: Any = profile.events()
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA]
         counts.append(len(kernels))
         times.append(sum(e.self_device_time_total for e in kernels))
     return statistics.median_high(counts), statistics.median(times)
