@@ -128,7 +128,6 @@ def token_terms(logprobs_T: Tensor, tokens: TokenTensors, cfg: LossConfig) -> To
         ratio_T = _clipped_ratio(log_ratio_T, bites_T, cfg)
         score_T = torch.where(tokens.is_demonstration_T, logprobs_T, ratio_T)
         steepness_T = torch.where(bites_T, 0.0, ratio_T.detach())
-        steepness_T = torch.where(tokens.is_demonstration_T, 1.0, steepness_T)
         means["loss/clip_fraction"] = bites_T
     if cfg.importance != "none":
         weight_T = _importance(off_T, tokens.cu_seqlens, cfg)

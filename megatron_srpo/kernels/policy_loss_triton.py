@@ -221,7 +221,7 @@ def _surrogate(current, log_ratio, advantage, is_shown, log_low, log_high, HAS_R
         bound = tl.minimum(tl.maximum(log_ratio, log_low), log_high)
         ratio = tl.exp(tl.where(bites, bound, log_ratio))
         score = tl.where(is_shown, current, ratio)
-        steepness = tl.where(is_shown, 1.0, tl.where(bites, 0.0, ratio))
+        steepness = tl.where(bites, 0.0, ratio)
     return score, steepness, bites
 
 
