@@ -119,7 +119,7 @@ def log_probs(way: str, *case: Any) -> Any:
     return logprobs.sum(), logprobs
 
 
-def in_turn(_: str, *case: Any) -> Any:
+def in_turn(way: str, *case: Any) -> Any:
     """Loss and log-probs."""
     from megatron_srpo.kernels.policy_loss import policy_loss
 
@@ -127,7 +127,7 @@ def in_turn(_: str, *case: Any) -> Any:
     return policy_loss(logprobs, *tokens_and_loss(len(logprobs)), denominator=1.0)[0], logprobs
 
 
-def in_one_pass(_: str, *case: Any) -> Any:
+def in_one_pass(way: str, *case: Any) -> Any:
     """Loss and log-probs."""
     from megatron_srpo.kernels.linear_policy_loss import linear_policy_loss
 

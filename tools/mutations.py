@@ -1432,7 +1432,7 @@ MUTATIONS = (
         'if cfg.importance.startswith("sequence"):', "if False:",
         "the weight of a response is that of a block's part of it"),
     Mutation("loss-scale-ignored", "kernels/linear_policy_loss.py",
-        "return by_loss * by_hidden_NH, by_loss * by_weight_VH,",
+        "return by_hidden_NH.mul_(by_loss), by_weight_VH.mul_(by_loss),",
         "return by_hidden_NH, by_weight_VH,",
         "the gradient is that of the loss before it was scaled"),
     Mutation("loss-scale-ignored-by-slopes", "kernels/policy_loss.py",

@@ -5,8 +5,8 @@
 `linear_logprob.py` followed by `policy_loss.py` computes logits twice: four matrix products. Here a
 block of rows keeps its logits until its slopes are known: three. That works where a token's slope
 follows from its own log-prob: any loss but those whose importance weight is a whole response's.
-The gradients are there before anybody asks for them; the backward pass multiplies them by the
-loss's own.
+The gradients are there before anybody asks for them; the backward pass multiplies them, where they
+are, by the loss's own, and so can be run once: autograd refuses the second time.
 
 Blocks are as large as a workspace allows, since the weight's gradient is added up over them, in
 fp32. Under tensor parallelism one all-gather a block, as in `linear_logprob.py`, merged by all
@@ -186,7 +186,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _differentiate(ctx: Any, by_loss: Tensor, *_: Tensor) -> Any:
     by_hidden_NH, by_weight_VH = ctx.saved_tensors
-    return by_loss * by_hidden_NH, by_loss * by_weight_VH, *[None] * ctx.num_others
+    return by_hidden_NH.mul_(by_loss), by_weight_VH.mul_(by_loss), *[None] * ctx.num_others
 
 
 _linear_policy_loss.register_autograd(_differentiate, setup_context=_remember)

@@ -139,7 +139,7 @@ def _(logprobs_T: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     from megatron_srpo.kernels import policy_loss_triton
 
     totals_K = logprobs_T.new_empty(len(TOTALS), dtype=torch.float64)
-    side_by_side = [x.contiguous() if isinstance(x, Tensor) else x for x in others]
+    side_by_side: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in others]
     loss, slope_T = policy_loss_triton.policy_loss(totals_K, logprobs_T.contiguous(), *side_by_side)
     return loss, slope_T, totals_K
 
