@@ -15,7 +15,7 @@ AGREE_WITHIN = tl.constexpr(1e-8)
 
 def group_advantage(rewards_R: Tensor, offsets_G1: Tensor, baseline: str, std: str) -> Tensor:
     """As the operation in `group_advantage.py`."""
-    advantages_R = torch.zeros_like(rewards_R, dtype=torch.float32)
+    advantages_R = torch.empty_like(rewards_R, dtype=torch.float32)
     num_groups = len(offsets_G1) - 1
     if num_groups:
         program_a_group: Any = _group_advantage[(num_groups,)]

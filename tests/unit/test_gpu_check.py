@@ -1,0 +1,129 @@
+"""The checker of what needs a GPU: on a CPU its checks run small, and no time is claimed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools import gpu_check
+from tools.gpu import inputs, kernel_speed, rivals
+from tools.gpu.result import NotRun, judged, run_check
+from tools.gpu.timing import Timing
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+(SMOKE,) = inputs.SMOKE
+
+
+def test_on_a_cpu_everything_is_right_and_nothing_is_timed(tmp_path: Path):
+    assert gpu_check.main(["kernels", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert report["counts"]["fail"] == 0 and report["counts"]["pass"] >= 20
+    timed = [r for r in report["results"] if re.match("speed|rivals|sanitizer", r["name"])]
+    assert len(timed) > 15
+    for result in report["results"]:
+        assert (result["status"] == "not_run") == bool(result["reason"])
+        assert result["status"] == "pass" or not result["numbers"]
+    assert all(r["status"] == "not_run" and r["reason"] == "no GPU" for r in timed)
+    assert "no GPU" in report["device"] and report["versions"]["torch"]
+
+
+def test_only_what_is_asked_for_runs_and_not_beyond_the_budget(tmp_path: Path):
+    found = gpu_check.run("kernels", CPU, only="duplicate", budget_s=60)
+    assert [(r.name, r.status) for r in found] == [("duplicate rows", "pass")]
+    found = gpu_check.run("kernels", CPU, only="rows", budget_s=-1)
+    assert {r.status for r in found} == {"not_run"} and "budget" in found[0].reason
+
+
+def test_a_number_over_its_bound_or_not_a_number_fails():
+    assert judged("x", {"error": 1.0}, {"error": 1.0}).status == "pass"
+    assert judged("x", {"error": 1.1}, {"error": 1.0}).status == "fail"
+    assert judged("x", {"error": math.nan}, {"error": 1.0}).status == "fail"
+    assert judged("x", {}, {"error": 1.0}).status == "fail"
+
+
+def test_a_check_that_breaks_has_failed_and_one_that_lacks_something_was_not_run():
+    def broken() -> Any:
+        raise RuntimeError("an illegal instruction")
+
+    def lacking() -> Any:
+        raise NotRun("no nvcc")
+
+    assert run_check("x", broken).reason == "RuntimeError: an illegal instruction"
+    assert run_check("x", broken).status == "fail"
+    assert run_check("x", lacking).status == "not_run"
+    assert gpu_check.settled("x", broken)[0].status == "fail"
+
+
+def one_call(works: dict[str, Any]) -> dict[str, Timing]:
+    """Of each, in place of a GPU's time; the floors take a quarter as long."""
+    for work in works.values():
+        work()
+    return {
+        name: Timing(
+            median_ms=1.0 if "product" in name or name == "copy" else 3.2,
+            spread_ms=0.1,
+            peak_gib=0.01,
+        )
+        for name in works
+    }
+
+
+def test_every_work_that_is_timed_runs_and_is_compared_with_its_floor(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(kernel_speed, "measure", one_call)
+    found = {r.name.split(", ", 2)[2]: r for r in kernel_speed.speed(SMOKE, CPU)}
+    assert set(kernel_speed.names_of_size()) <= set(found)
+    assert found["head forward"].numbers["ratio"] == 3.2
+    assert found["head forward"].status == "fail"
+    assert found["logits forward"].numbers["ratio"] == 6.4
+    assert found["one pass"].numbers["ratio"] == pytest.approx(3.2 / 3, abs=1e-4)
+    assert found["one pass"].status == "pass"
+    half = found["head both ways, 0.5 of the rows"]
+    assert half.status == "fail" and half.numbers["of_all_rows"] == 1
+
+
+def test_launches_and_microseconds_have_bounds(monkeypatch: pytest.MonkeyPatch):
+    def two_launches(work: Any) -> tuple[int, float]:
+        work()
+        return 2, 9.0
+
+    monkeypatch.setattr(kernel_speed, "kernels_of", two_launches)
+    assert [r.status for r in kernel_speed.launches(CPU)] == ["fail", "fail"]
+
+
+def test_rivals_that_are_not_here_are_not_run_and_those_that_are_have_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(kernel_speed, "measure", one_call)
+    kept = {
+        name: rivals.RIVALS[name] for name in ("torch eager", "quack chunked linear cross entropy")
+    }
+    monkeypatch.setattr(kernel_speed, "RIVALS", kept)
+    found = {r.name.split(", ")[2]: r for r in kernel_speed.rivals(SMOKE, CPU)}
+    assert found["ours"].numbers["error_nats"] < 5e-6
+    assert found["torch eager"].numbers["error_nats"] < 0.05
+    assert found["quack chunked linear cross entropy"].status == "not_run"
+    assert "quack" in found["quack chunked linear cross entropy"].reason
+
+
+def test_documents_claim_no_speed_that_no_gpu_has_shown():
+    """A ratio to a floor or a rival needs a committed report of a GPU."""
+    reports = list((ROOT / "benchmarks").glob("*/kernels.json"))
+    for report in reports:
+        results = json.loads(report.read_text())["results"]
+        assert all(not r["numbers"] for r in results if r["status"] == "not_run")
+    if not reports:
+        text = (ROOT / "benchmarks" / "README.md").read_text()
+        section = text.split("## Kernels on a GPU")[1].split("\n## ")[0]
+        assert "not_run" in section
+        for document in ("README.md", "docs/design.md", "benchmarks/README.md"):
+            claimed = re.findall(r"[\d.]+ ?(?:TFLOP/s|TF/s|TB/s)", (ROOT / document).read_text())
+            assert claimed == [], f"{document} claims what no GPU has shown"
