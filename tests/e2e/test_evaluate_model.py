@@ -85,7 +85,8 @@ def test_the_metrics_are_those_of_the_responses_that_were_written(
     answers = {problem["id"]: problem["answer"] for problem in problems}
     for row in rows:
         is_right = row["text"].rpartition("\n")[2].strip() == answers[row["prompt_id"]]
-        assert row["score"] == {"value": float(is_right), "correct": is_right, "failure": None}
+        verdict = {"value": float(is_right), "correct": is_right, "failure": None}
+        assert row["score"] == verdict | {"second_opinion": None}
     shares = [sum(r["score"]["correct"] for r in rows[i : i + 4]) / 4 for i in range(0, 32, 4)]
     mean = sum(shares) / 8
     error = math.sqrt(sum((share - mean) ** 2 for share in shares) / 7 / 8)

@@ -75,7 +75,7 @@ def test_a_users_credit_trains_tokens_that_the_packages_own_masks(folder: Path) 
     "override, message",
     [
         ("algorithm.resets=nowhere.py:Rule", "algorithm.resets=nowhere.py:Rule: no such file"),
-        ("reward=vibes", "reward=vibes: must be one of last_line, boxed, or FILE.py:NAME"),
+        ("reward=vibes", "reward=vibes: must be one of last_line, boxed, math_verify, "),
         (
             "credit.rule={folder}/my_rules.py:LastThought",
             "cannot be built with (Config): missing a required argument: 'tokenizer'",

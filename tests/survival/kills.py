@@ -54,7 +54,7 @@ def plan(phases: Sequence[str], num: int, *, ranks: int, rng: random.Random) -> 
     return [
         Kill(
             phase=phases[index % len(phases)],
-            occurrence=rng.randint(1, 60) if phases[index % len(phases)] == "reward" else 1,
+            occurrence=rng.randint(1, 8) if phases[index % len(phases)] == "reward" else 1,
             fraction=rng.random(),
             victim=rng.choice([None, rng.randrange(ranks)]),
         )

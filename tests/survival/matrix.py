@@ -66,6 +66,7 @@ def write_run(folder: Path) -> Path:
         folder,
         num_steps=6,
         reward=f"{folder}/slow_parity.py:parity",
+        reward_workers=1,  # so that there is something to wait for
         optimizer={"lr": 3e-4, "eps": 1e-3, "warmup_steps": 3, "decay": "linear"},
         loss={"kl_coef": 0.1},
         checkpoint={"every": 2},

@@ -172,11 +172,11 @@ def test_agreement_is_the_share_of_responses_with_two_verdicts_that_are_the_same
         return replace(made, score=replace(made.score, second_opinion=second))
 
     right, wrong, failed = {"reward": 1.0}, {"reward": 0.0}, {"failure": "timeout"}
-    agreeing = (scored("a", True, **right), scored("b", False, **wrong))
+    agreeing = (scored("a", False, **wrong), scored("b", False, **wrong))
     others = (scored("c", True, **wrong), scored("d", None, **right), scored("e", True, **failed))
     metrics = combine([rollout_sums([group(*agreeing, *others)], config())])
     assert metrics["reward/agreement"] == 2 / 3
-    assert metrics["reward/mean"] == 2 / 4
+    assert metrics["reward/mean"] == 1 / 4
     unasked = combine([rollout_sums([group(rollout("1", reward=1.0))], config())])
     assert "reward/agreement" not in unasked
 

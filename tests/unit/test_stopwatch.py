@@ -152,10 +152,16 @@ def test_a_timed_generator_gives_what_its_engine_gives(clock: Clock):
 
 def test_time_in_which_items_come_is_the_outer_phase_s(clock: Clock):
     watch = stopwatch()
+
+    def items() -> Iterator[Completion]:
+        for done in TimedGenerator(SlowGenerator(clock), watch).generate([request("base")]):
+            clock.passes(3)
+            yield done
+
     with watch.phase("outer"):
-        drawn = watch.drawn(TimedGenerator(SlowGenerator(clock), watch).generate([request("base")]))
+        drawn = watch.drawn(items())
         with watch.phase("reward"):
             for _ in drawn:
                 clock.passes(7)
     taken = watch.take()
-    assert (taken["time/generate_s"], taken["time/reward_s"], taken["time/outer_s"]) == (5, 7, 0)
+    assert (taken["time/generate_s"], taken["time/reward_s"], taken["time/outer_s"]) == (5, 7, 3)

@@ -195,6 +195,11 @@ def test_nothing_is_left_of_processes_that_were_ended(folder: Path) -> None:
     assert not any(Path(f"/proc/{int(pid)}").exists() for pid in pids if pid)
 
 
+def test_what_is_no_verdict_is_refused_where_a_reward_runs_in_place_too() -> None:
+    with pytest.raises(RewardError, match=r"prompt 'p' raised TypeError: it must give a Score"):
+        in_place(lambda prompt, response: 0.5).judge(items("1"))  # type: ignore[arg-type,return-value]
+
+
 # --- a second opinion ---------------------------------------------------------------------------
 
 
