@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 import weakref
 from multiprocessing.connection import Connection, Pipe
 
+from megatron_srpo.rewards.messages import packed_item, verdict_in
 from megatron_srpo.rewards.verdict import RewardRaisedError
 from megatron_srpo.types import Prompt, Sandbox, Score
 
@@ -71,7 +71,7 @@ class Worker:
     def ask(self, prompt: Prompt, response: str) -> None:
         """Of a process that has answered, or that has not been asked yet: then its time begins when
         it has started."""
-        item = pickle.dumps((prompt, response))
+        item = packed_item(prompt, response)
         if self._is_started:
             self._begin(item)
         elif len(item) > NUM_BUFFERED:
@@ -95,7 +95,7 @@ class Worker:
         would, whatever the item.
         """
         try:
-            said = self._channel.recv()
+            said = verdict_in(self._channel.recv_bytes())
         except (EOFError, ConnectionResetError) as error:
             raise self._lost(self._ending()) from error
         if isinstance(said, RewardRaisedError):

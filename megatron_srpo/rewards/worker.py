@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection
 
 from megatron_srpo.rewards import reward_named
+from megatron_srpo.rewards.messages import STARTED, item_in, packed_verdict
 from megatron_srpo.rewards.verdict import RewardRaisedError, checked
 from megatron_srpo.types import Prompt, Sandbox
 
@@ -23,7 +24,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def serve(descriptor: int, trainer: int, name: str, timeout_s: float, sandbox: Sandbox) -> None:
-    """Says None when the reward is imported, then a `Score` for each (prompt, response), until
+    """Says `STARTED` when the reward is imported, then a `Score` for each (prompt, response), until
     nobody listens. What the file or the reward raises is said instead, and ends the process.
 
     `descriptor`: an end of the connection, which stays open until the process is gone; `trainer`:
@@ -39,15 +40,15 @@ def serve(descriptor: int, trainer: int, name: str, timeout_s: float, sandbox: S
     channel = Connection(os.dup(descriptor))
     with _saying_what_is_raised(channel):
         reward = reward_named(name, timeout_s=timeout_s, sandbox=sandbox)
-        channel.send(None)
+        channel.send_bytes(STARTED)
         for prompt, response in _items(channel):
-            channel.send(checked(reward(prompt, response)))
+            channel.send_bytes(packed_verdict(checked(reward(prompt, response))))
 
 
 def _items(channel: Connection) -> Iterator[tuple[Prompt, str]]:
     while True:
         try:
-            yield channel.recv()
+            yield item_in(channel.recv_bytes())
         except EOFError:
             return
 
@@ -60,7 +61,7 @@ def _saying_what_is_raised(channel: Connection) -> Generator[None]:
     finally:
         error = sys.exception()
         if error is not None and not isinstance(error, SystemExit):
-            channel.send(RewardRaisedError.of(error))
+            channel.send_bytes(packed_verdict(RewardRaisedError.of(error)))
 
 
 def _end_with(trainer: int) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from megatron_srpo.rewards import sandbox
 from megatron_srpo.rewards.judge import RewardJudge, in_place, judge_named
-from megatron_srpo.rewards.verdict import RewardError
+from megatron_srpo.rewards.messages import item_in, packed_item, packed_verdict, verdict_in
+from megatron_srpo.rewards.verdict import RewardError, RewardRaisedError
 from megatron_srpo.rewards.workers import Workers, ready
 from megatron_srpo.stopping import StopRequested
 from megatron_srpo.types import InputError, Prompt, Score
@@ -260,12 +261,18 @@ def test_no_process_imports_what_its_reward_does_not_use(three: RewardJudge) -> 
     assert done.stdout.strip() == "[]"
 
 
-def test_a_prompt_arrives_whole(three: RewardJudge) -> None:
-    prompt = Prompt(
-        id="q", text="?", token_ids=np.arange(9, dtype=np.int32), answer="1", solution=("a", "b")
-    )
-    (score,) = three.judge([(prompt, "number 1")])
-    assert score.correct
+def test_what_is_sent_arrives_whole() -> None:
+    tokens = np.arange(9, dtype=np.int32)
+    prompt = Prompt(id="q", text="?\ud800", token_ids=tokens, answer="1", solution=("a", "b"))
+    back, response = item_in(packed_item(prompt, "two\nlines"))
+    assert response == "two\nlines" and back.token_ids.tolist() == tokens.tolist()
+    for name in ("id", "text", "answer", "solution"):
+        assert getattr(back, name) == getattr(prompt, name)
+    for score in (Score(value=0.5, correct=False), Score(value=1.0, correct=True, failure="no")):
+        assert verdict_in(packed_verdict(score)) == score
+    raised = verdict_in(packed_verdict(RewardRaisedError("KeyError: 1", "a trace")))
+    assert isinstance(raised, RewardRaisedError)
+    assert str(raised) == "KeyError: 1" and "a trace" in raised.__notes__[0]
 
 
 # --- code ---------------------------------------------------------------------------------------
