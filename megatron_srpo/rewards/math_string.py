@@ -2,8 +2,9 @@ r"""Is the boxed answer the right one, as normalized text?   the paper's grader
 
 What is compared is the content of the last balanced \boxed{...}; a response without one is wrong.
 Both sides are rewritten by the rules with which Hendrycks et al. graded MATH (arXiv 2103.03874) and
-which the paper's release applies, and must then be the same characters. It accepts little that is
-wrong and rejects much that is right: 1/2 is 0.5, but 3/4 is not 0.75, and 1,2 is not 2,1.
+which the paper's release applies, and must then be the same characters. It rejects much that is
+right (1/2 is 0.5, but 3/4 is not 0.75, and 1,2 is not 2,1) and accepts what looks like a unit:
+3 \text{ or } 4 is 3.
 
 Unlike the release, `\boxed 5` and `\fbox{5}` are no boxes, and an unfinished last box does not make
 the whole one before it worthless.
