@@ -37,7 +37,7 @@ class Hostile:
     """A program; how it must end, where that is not its own choice; and if it can do no harm."""
 
     program: str
-    end: Literal["exit", "time", "output"] | None = None
+    end: Literal["time", "output"] | None = None
     is_harmless: bool = False
 
 
@@ -75,7 +75,7 @@ import multiprocessing
 def work(): escaped("a worker process")
 attempt(lambda: multiprocessing.get_context("fork").Process(target=work).start())
 """),
-    "thread bomb": Hostile(is_harmless=True, end="exit", program="""
+    "thread bomb": Hostile(is_harmless=True, program="""
 threading.stack_size(32768)
 try:
     for number in range(300): threading.Thread(target=time.sleep, args=(0.2,)).start()
@@ -298,7 +298,7 @@ for number in (425, 321, 298, 323, 248, 250, 240, 68, 253, 294, 300, 246, 175, 3
     call(number, 0, 0, 0, 0, 0)
 call(157, 4, 1, 0, 0, 0)
 """),
-    "calls of 32 bits": Hostile(end="exit", program="""
+    "calls of 32 bits": Hostile(program="""
 room = mmap.mmap(-1, 4096, prot=7)
 room.write(b"\\x53\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\x5b\\xc3")  # push rbx; mov eax, 20; int 0x80
 address = ctypes.addressof(ctypes.c_char.from_buffer(room))
@@ -342,7 +342,7 @@ import atexit
 def stay():
     while True: pass
 """),
-    "input never comes": Hostile(end="exit", program="""
+    "input never comes": Hostile(program="""
 if sys.stdin.read(): escaped("input")
 print(sys.stdin.read(), end="")
 """),
@@ -356,10 +356,10 @@ for _ in range(10**6): nested = [nested]
 sys.setrecursionlimit(10**9)
 repr(nested)
 """),
-    "segmentation fault": Hostile(end="exit", program="""
+    "segmentation fault": Hostile(program="""
 ctypes.string_at(0)
 """),
-    "core dump": Hostile(end="exit", program="""
+    "core dump": Hostile(program="""
 attempt(resource.setrlimit, resource.RLIMIT_CORE, (2**20, 2**20))
 os.abort()
 """),
@@ -370,7 +370,7 @@ attempt(open, "/dev/stdin", "r+b")
 attempt(open, "/proc/self/fd/0", "r+b")
 attempt(os.fchmod, 0, 0)
 """),
-    "standard output replaced": Hostile(end="exit", program="""
+    "standard output replaced": Hostile(program="""
 class Forged:
     def write(self, text): raise SystemExit(0)
     def flush(self): raise SystemExit(0)

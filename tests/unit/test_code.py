@@ -208,6 +208,8 @@ def test_the_last_closed_block_is_the_program(text: str, block: str | None):
         ("1 2", "2 1", False),
         ("1 2", "1\n2", False),
         ("1\n\n2", "1\n2", False),
+        ("1", "1\n2", False),
+        ("1\n2", "1", False),
         ("yes", "YES", False),
         ("1 yes", "1.0 yes", False),
         ("nan", "NaN", False),
