@@ -38,6 +38,9 @@ def evaluate_model(
     the folder `out`. With a `checkpoint`, its weights; `cfg.model` is then its Hugging Face part.
     """
     mesh = checked_mesh(rollout_tp=cfg.rollout.tp)
+    if mesh.rank == 0:
+        for note in dict.fromkeys(note for each in inputs.sets for note in each.judge.notes):
+            print(note, file=sys.stderr)
     with _folder_of(checkpoint, mesh) as converted:
         engine = VllmGenerator(converted or cfg.model, cfg.rollout, dtype=cfg.dtype)
         share: list[Attempt] = []

@@ -31,13 +31,28 @@ def read_held_out(
     cfg: Config, tokenizer: Tokenizer, judge: RewardJudge
 ) -> tuple[list[HeldOut], list[str]]:
     """(sets, ids of problems that are too long and were left out); `judge` is the run's own."""
-    read = [_read_set(name, each, cfg, tokenizer, judge) for name, each in cfg.eval.sets.items()]
-    return [held_out for held_out, _ in read], [id for _, too_long in read for id in too_long]
+    judges = {(cfg.reward, cfg.second_reward): judge}
+    sets: list[HeldOut] = []
+    dropped: list[str] = []
+    for name, each in cfg.eval.sets.items():
+        prompts, too_long = _read_set(each, cfg, tokenizer)
+        rewards = _rewards_of(each, cfg)
+        if rewards not in judges:  # one whose processes are there need not start others
+            judges[rewards] = judge_of(cfg, *rewards)
+        sets.append(HeldOut(name=name, prompts=prompts, judge=judges[rewards]))
+        dropped += too_long
+    return sets, dropped
+
+
+def _rewards_of(each: EvalSet, cfg: Config) -> tuple[str, str | None]:
+    if each.reward is None:
+        return cfg.reward, cfg.second_reward
+    return each.reward, each.second_reward
 
 
 def _read_set(
-    name: str, each: EvalSet, cfg: Config, tokenizer: Tokenizer, judge: RewardJudge
-) -> tuple[HeldOut, list[str]]:
+    each: EvalSet, cfg: Config, tokenizer: Tokenizer
+) -> tuple[Sequence[Prompt], Sequence[str]]:
     prompts, too_long = read_prompts(
         each.data,
         tokenizer,
@@ -45,10 +60,8 @@ def _read_set(
         max_prompt_tokens=cfg.data.max_prompt_tokens,
         long_prompts=cfg.data.long_prompts,
     )
-    if each.reward is not None:
-        judge = judge_of(cfg, each.reward, each.second_reward)
     check_answers(prompts, each.reward or cfg.reward, each.data)
-    return HeldOut(name=name, prompts=prompts[: cfg.eval.num_prompts], judge=judge), too_long
+    return prompts[: cfg.eval.num_prompts], too_long
 
 
 def check_answers(prompts: Sequence[Prompt], reward: str, path: Path) -> None:

@@ -1122,7 +1122,7 @@ MUTATIONS = (
         "answer_format=each.answer_format", "answer_format=None",
         "a set's own answer format is not asked for"),
     Mutation("judge-of-the-run", "held_out.py",
-        "if each.reward is not None:", "if False:",
+        "if each.reward is None:", "if True:",
         "a set's own reward is not asked"),
     # --- metrics ---
     Mutation("tokens-with-prefix", "metrics.py",
@@ -2014,6 +2014,9 @@ MUTATIONS = (
     Mutation("output-without-end", "rewards/supervise.py",
         "> num_bytes:", "< 0:",
         "a program fills the trainer's memory with its output"),
+    Mutation("rest-unread", "rewards/supervise.py",
+        "                if events == {ended}:", "                if ended in events:",
+        "the end of a program's output is lost"),
     Mutation("exit-code-unread", "rewards/supervise.py",
         "self.end == \"exit\" and self.exit_code == 0", "self.end == \"exit\"",
         "a program that failed after its output has passed"),

@@ -1,7 +1,7 @@
 """What goes between the trainer and a reward's process?   items one way, verdicts the other
 
-Both are the same Python. `marshal` takes plain values only; pickling dataclasses and arrays was more
-than half of what an item cost a trainer whose caches are full of other things.
+Both are the same Python. `marshal` takes plain values only; pickling dataclasses and arrays was
+more than half of what an item cost a trainer whose caches are full of other things.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def test_a_set_has_the_runs_judge_and_answer_format_unless_it_names_its_own(tmp_
             "reward": "boxed",
             "answer_format": "A?",
         },
+        "more": {"data": file(tmp_path, "more", "e"), "reward": "boxed"},
     }
     cfg = config(
         data={"template": "{prompt}|{answer_format}{delimiter}", "answer_format": "1?"},
@@ -51,6 +52,7 @@ def test_a_set_has_the_runs_judge_and_answer_format_unless_it_names_its_own(tmp_
     assert [text_of(p.token_ids) for p in found["letters"].prompts] == ["d|A?\n"]
     assert [p.text for p in found["plain"].prompts] == ["a", "b"]  # localization asks about these
     assert found["plain"].judge is JUDGE
+    assert found["letters"].judge is found["more"].judge  # and so are its processes
     scores = found["letters"].judge.judge([(prompt(), r"\boxed{1}"), (prompt(), "\n1")])
     assert [score.correct for score in scores] == [True, False]
 
