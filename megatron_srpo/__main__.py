@@ -11,12 +11,16 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 from megatron_srpo.exit_codes import ALARM, REFUSED, STOPPED
 from megatron_srpo.types import AlarmError, InputError
+
+if TYPE_CHECKING:
+    from megatron_srpo.inputs import EvalInputs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,14 +95,22 @@ def _evaluate(arguments: argparse.Namespace, cfg: Config, num_processes: int) ->
         cfg, num_processes=num_processes, out=arguments.out, is_stored=arguments.ckpt is None
     )
     if arguments.show is not None:
-        for held_out in inputs.sets:
-            for prompt in held_out.prompts[arguments.show - 1 : arguments.show]:
-                print(f"--- {held_out.name}: {prompt.id}, {len(prompt.token_ids)} tokens")
-                print(inputs.tokenizer.shown(prompt.token_ids))
+        _show(inputs, arguments.show)
         return
     from megatron_srpo.evaluate_model import evaluate_model
 
     evaluate_model(cfg, inputs, out=arguments.out, checkpoint=arguments.ckpt)
+
+
+def _show(inputs: EvalInputs, number: int) -> None:
+    longest = max(len(held_out.prompts) for held_out in inputs.sets)
+    if number > longest:
+        raise InputError(f"--show {number}: the largest set has {longest} prompts")
+    if os.environ["RANK"] == "0":
+        for held_out in inputs.sets:
+            for prompt in held_out.prompts[number - 1 : number]:
+                print(f"--- {held_out.name}: {prompt.id}, {len(prompt.token_ids)} tokens")
+                print(inputs.tokenizer.shown(prompt.token_ids))
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
+from megatron_srpo.config_file import load_config
 from megatron_srpo.data import read_rows
-from megatron_srpo.evaluate import RESPONSES
-from megatron_srpo.types import InputError
+from megatron_srpo.evaluate import CONFIG, RESPONSES
+from megatron_srpo.held_out import rewards_of
+from megatron_srpo.types import InputError, Score
 
 NUM_RESAMPLES = 10_000
 
@@ -38,56 +40,78 @@ Problems = dict[tuple[str, str], Answered]
 
 def compare(first: Path, second: Path) -> pd.DataFrame:
     """Folders of `megatron-srpo eval --out`. Index: set, kind (greedy, sampled). Columns:
-    `num_problems` that both have, `first` and `second`, the shares of right responses,
-    `difference` (second - first) and its 95 % interval, `low` and `high`.
+    `num_problems` that both have, `left_out`, those that only one has, `first` and `second`, the
+    shares of right responses, `difference` (second - first) and its 95 % interval, `low`, `high`.
 
-    Raises `InputError` if there is nothing to compare, or problems of one name differ.
+    Raises `InputError` if there is nothing to compare, or if problems of one name or the rewards of
+    a set differ.
     """
+    _check_rewards(first, second)
     one, other = _problems(first), _problems(second)
-    shared = [key for key in one if key in other]
-    for name, id in shared:
-        if one[name, id].digest != other[name, id].digest:
-            raise InputError(
-                f"problem {id!r} of set {name} is not the same in {first} and in {second}"
-            )
-    pairs: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for key in shared:
-        for kind, share in one[key].shares.items():
-            if kind in other[key].shares:
-                pairs[key[0], kind].append((share, other[key].shares[kind]))
-    if not pairs:
+    rows = []
+    for name, kind in dict.fromkeys((key[0], kind) for key in one for kind in one[key].shares):
+        mine, theirs = (_of(problems, name, kind) for problems in (one, other))
+        shared = [key for key in mine if key in theirs]
+        for key in shared:
+            if one[key].digest != other[key].digest:
+                raise InputError(
+                    f"problem {key[1]!r} of set {name} is not the same in {first} and in {second}"
+                )
+        if shared:
+            pairs = np.array([(mine[key], theirs[key]) for key in shared])
+            num_left_out = len(mine.keys() ^ theirs.keys())
+            rows.append({"set": name, "kind": kind, **_row(pairs, num_left_out)})
+    if not rows:
         raise InputError(f"{first} and {second} have no problem in common")
-    rows = [
-        {"set": name, "kind": kind, **_row(np.array(each))} for (name, kind), each in pairs.items()
-    ]
     return pd.DataFrame(rows).set_index(["set", "kind"])
 
 
+def _check_rewards(first: Path, second: Path) -> None:
+    one, other = (load_config(folder / CONFIG) for folder in (first, second))
+    for name in one.eval.sets.keys() & other.eval.sets.keys():
+        rewards = [rewards_of(cfg.eval.sets[name], cfg)[0] for cfg in (one, other)]
+        if rewards[0] != rewards[1]:
+            raise InputError(
+                f"set {name} was judged by {rewards[0]} in {first}, by {rewards[1]} in {second}"
+            )
+
+
+def _of(problems: Problems, name: str, kind: str) -> dict[tuple[str, str], float]:
+    """Shares of right responses of one set and kind."""
+    return {
+        key: each.shares[kind]
+        for key, each in problems.items()
+        if key[0] == name and kind in each.shares
+    }
+
+
 def _problems(folder: Path) -> Problems:
-    """Responses whose reward failed have no verdict and count nowhere."""
-    verdicts: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    """Responses whose reward failed have no verdict and count nowhere. Seeds weigh alike."""
+    verdicts: dict[tuple[str, str], dict[int | None, list[bool]]] = {}
     digests: dict[tuple[str, str], str] = {}
     path = folder / RESPONSES
     for number, row in enumerate(read_rows(path, ("set", "prompt_id", "problem")), start=1):
         try:
-            key = (row["set"], row["prompt_id"])
+            key, score = (row["set"], row["prompt_id"]), Score(**row["score"])
             digests[key] = row["problem"]
-            kind = "greedy" if row["seed"] is None else "sampled"
             of_problem = verdicts.setdefault(key, defaultdict(list))
-            if row["score"]["failure"] is None:
-                of_problem[kind].append(row["score"]["correct"])
+            if score.failure is None:
+                of_problem[row["seed"]].append(score.correct is True)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: row {number} is no response of an evaluation") from error
     return {
-        key: Answered(
-            digest=digests[key],
-            shares={kind: float(np.mean(each)) for kind, each in of_problem.items()},
-        )
+        key: Answered(digest=digests[key], shares=_shares(of_problem))
         for key, of_problem in verdicts.items()
     }
 
 
-def _row(pairs: np.ndarray) -> dict[str, float]:
+def _shares(verdicts: dict[int | None, list[bool]]) -> dict[str, float]:
+    sampled = [np.mean(each) for seed, each in verdicts.items() if seed is not None]
+    shares = {"greedy": float(np.mean(verdicts[None]))} if None in verdicts else {}
+    return shares | ({"sampled": float(np.mean(sampled))} if sampled else {})
+
+
+def _row(pairs: np.ndarray, num_left_out: int) -> dict[str, float]:
     """`pairs` [problems, 2]"""
     differences = pairs[:, 1] - pairs[:, 0]
     low = high = float("nan")
@@ -102,6 +126,7 @@ def _row(pairs: np.ndarray) -> dict[str, float]:
         low, high = found.confidence_interval
     return {
         "num_problems": len(pairs),
+        "left_out": num_left_out,
         "first": float(pairs[:, 0].mean()),
         "second": float(pairs[:, 1].mean()),
         "difference": float(differences.mean()),

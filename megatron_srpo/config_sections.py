@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from string import Formatter
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -21,15 +22,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def check_template(name: str, template: str, fields: Sequence[str]) -> None:
-    """Raises `ValueError` if it asks for anything but these fields."""
+def check_template(name: str, template: str, fields: Sequence[str]) -> list[str]:
+    """The fields that it asks for. Raises `ValueError` if one is none of `fields`, as it stands."""
+    known = " ".join(f"{{{field}}}" for field in fields)
+    hint = f"fields are {known}, a literal brace is written twice"
     try:
-        template.format(**dict.fromkeys(fields, ""))
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        known = " ".join(f"{{{field}}}" for field in fields)
-        raise ValueError(
-            f"{name}: {error!r} is none of {known} (a literal brace is written twice)"
-        ) from error
+        parts = [*Formatter().parse(template)]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} ({hint})") from error
+    asked = [(field, spec, conversion) for _, field, spec, conversion in parts if field is not None]
+    for field, spec, conversion in asked:
+        if field not in fields or spec or conversion:
+            raise ValueError(f"{name}: {{{field}}} is not known ({hint})")
+    return [field for field, _, _ in asked]
 
 
 class DataConfig(Section):
@@ -48,7 +53,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _template_formats(self) -> DataConfig:
-        check_template("template", self.template, ("prompt", "answer_format", "delimiter"))
+        fields = ("prompt", "answer_format", "delimiter")
+        if "prompt" not in check_template("template", self.template, fields):
+            raise ValueError("template: has no {prompt}: the policy would not be asked")
         return self
 
 
@@ -267,7 +274,8 @@ class EvalSet(Section):
 
 class EvalConfig(Section):
     sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_+-]+$")], EvalSet] = Field(min_length=1)
-    """By name: metrics are `eval/<name>/...`."""
+    """By name: metrics are `eval/<name>/...`. An override adds to the file's sets, or changes them;
+    `eval.sets.NAME=null` leaves one out."""
     every: Count = 10
     """Steps between evaluations; also before the first step and after the last."""
     num_prompts: Count = 256
@@ -283,8 +291,18 @@ class EvalConfig(Section):
     pass_at: tuple[Count, ...] = (1,)
     """The ks of pass@k, each at most `num_samples`."""
 
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _null_is_no_set(cls, sets: Any) -> Any:
+        """So that an override can leave out one of the file's sets."""
+        if not isinstance(sets, dict):
+            return sets
+        return {name: each for name, each in cast(dict[Any, Any], sets).items() if each is not None}
+
     @model_validator(mode="after")
     def _something_is_measured(self) -> EvalConfig:
+        if "mean" in self.sets:
+            raise ValueError("sets.mean: that is the name of the mean over all sets")
         if not self.num_samples and not self.greedy:
             raise ValueError("num_samples=0 and greedy=false: nothing is generated")
         if self.num_samples and (not self.pass_at or max(self.pass_at) > self.num_samples):

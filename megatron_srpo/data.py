@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,15 @@ def read_prompts(
                 )
             dropped.append(id)
             continue
-        if not isinstance(row["answer"], str | int | float):
+        answer = row["answer"]
+        is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+        if not isinstance(answer, str) and not (is_number and isfinite(answer)):
             raise InputError(f"{where}: answer must be a text or a number")
         prompts[id] = Prompt(
             id=id,
             text=text,
             token_ids=token_ids,
-            answer=str(row["answer"]),
+            answer=str(answer),
             solution=_solution(row.get("solution"), where),
         )
     if not prompts:

@@ -25,6 +25,8 @@ from megatron_srpo.types import Completion, Prompt, Request, Score
 
 RESPONSES = "responses.jsonl"
 """In the folder that `megatron-srpo eval --out` makes: an `Attempt` a line."""
+CONFIG = "config.yaml"
+"""Beside it: what it was made with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,11 @@ from pathlib import Path
 import pandas as pd
 
 from megatron_srpo.config import Config
+from megatron_srpo.config_file import dump_config
 from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.eval_table import MEAN, shown, table, write_tables
-from megatron_srpo.evaluate import RESPONSES, Attempt, evaluate
+from megatron_srpo.evaluate import CONFIG, RESPONSES, Attempt, evaluate
 from megatron_srpo.inputs import EvalInputs
 from megatron_srpo.preflight import checked_mesh
 from megatron_srpo.replica import MOST_LINES, LeaderJudge
@@ -38,31 +40,38 @@ def evaluate_model(
     the folder `out`. With a `checkpoint`, its weights; `cfg.model` is then its Hugging Face part.
     """
     mesh = checked_mesh(rollout_tp=cfg.rollout.tp)
-    if mesh.rank == 0:
-        for note in dict.fromkeys(note for each in inputs.sets for note in each.judge.notes):
-            print(note, file=sys.stderr)
-    with _folder_of(checkpoint, mesh) as converted:
-        engine = VllmGenerator(converted or cfg.model, cfg.rollout, dtype=cfg.dtype)
-        share: list[Attempt] = []
-        for held_out in inputs.sets:
-            share += evaluate(
-                held_out.share(mesh.replica, mesh.num_replicas),
-                generator=engine,
-                tokenizer=inputs.tokenizer,
-                judge=LeaderJudge(inner=held_out.judge, mesh=mesh),
-                cfg=cfg,
-            )
-        # Nobody leaves while another still works; the ranks of a replica hold the same attempts.
-        shares = mesh.gather(share if mesh.is_leader else [])
-        engine.close()
-    destroy_mesh()
-    if mesh.rank == 0:
-        attempts = _in_order([attempt for share in shares for attempt in share], inputs)
-        found = table(attempts, cfg)
-        if out is not None:
-            _write(attempts, found, inputs, out)
-        _tell(attempts, found, num_dropped=len(inputs.dropped), cfg=cfg)
-        print(json.dumps({"model": str(checkpoint or cfg.model), **metrics(found)}))
+    with contextlib.ExitStack() as stack:
+        is_first = mesh.rank == 0
+        # Made before anything is generated: what cannot be written is known now.
+        folder = stack.enter_context(staged_folder(out)) if out is not None and is_first else None
+        converted = stack.enter_context(_folder_of(checkpoint, mesh))
+        shares = mesh.gather(_generated(cfg, inputs, mesh, converted or cfg.model))
+        destroy_mesh()
+        if is_first:
+            attempts = _in_order([attempt for share in shares for attempt in share], inputs)
+            found = table(attempts, cfg)
+            _tell(attempts, found, inputs, cfg)
+            print(json.dumps({"model": str(checkpoint or cfg.model), **metrics(found)}), flush=True)
+            if folder is not None:
+                _write(attempts, found, inputs, cfg, folder)
+
+
+def _generated(cfg: Config, inputs: EvalInputs, mesh: Mesh, model: Path) -> list[Attempt]:
+    """This replica's, on its leader: all its ranks hold the same."""
+    engine = VllmGenerator(model, cfg.rollout, dtype=cfg.dtype)
+    share: list[Attempt] = []
+    for held_out in inputs.sets:
+        share += evaluate(
+            held_out.share(mesh.replica, mesh.num_replicas),
+            generator=engine,
+            tokenizer=inputs.tokenizer,
+            judge=LeaderJudge(inner=held_out.judge, mesh=mesh),
+            cfg=cfg,
+        )
+    engine.close()
+    for held_out in inputs.sets:
+        held_out.judge.close()
+    return share if mesh.is_leader else []
 
 
 def _in_order(attempts: list[Attempt], inputs: EvalInputs) -> list[Attempt]:
@@ -83,19 +92,21 @@ def metrics(found: pd.DataFrame) -> dict[str, float]:
 
 
 def _tell(
-    attempts: Sequence[Attempt], found: pd.DataFrame, *, num_dropped: int, cfg: Config
+    attempts: Sequence[Attempt], found: pd.DataFrame, inputs: EvalInputs, cfg: Config
 ) -> None:
+    lines = [*dict.fromkeys(note for each in inputs.sets for note in each.judge.notes)]
     failed = {
         (a.set, a.prompt_id): a.score.failure for a in attempts if a.score.failure is not None
     }
-    for (name, id), failure in [*failed.items()][:MOST_LINES]:
-        print(f"{name}: the reward of prompt {id!r} failed: {failure}", file=sys.stderr)
-    print(shown(found).to_string(index=False), file=sys.stderr)
-    if num_dropped:
-        print(
-            f"left out {num_dropped} prompts of more than {cfg.data.max_prompt_tokens} tokens",
-            file=sys.stderr,
-        )
+    lines += [
+        f"{name}: the reward of prompt {id!r} failed: {failure}"
+        for (name, id), failure in [*failed.items()][:MOST_LINES]
+    ]
+    lines.append(shown(found).to_string(index=False))
+    if inputs.dropped:
+        longest = cfg.data.max_prompt_tokens
+        lines.append(f"left out {len(inputs.dropped)} prompts of more than {longest} tokens")
+    print("\n".join(lines), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -105,6 +116,8 @@ def _folder_of(checkpoint: Path | None, mesh: Mesh) -> Iterator[Path | None]:
     if checkpoint is None:
         yield None
         return
+    # A time limit of Slurm's: what is in the way of others goes then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     name = mesh.gather(f"{checkpoint.name}.{secrets.token_hex(4)}.hf")[0]
     folder = checkpoint.absolute().with_name(name)
     try:
@@ -134,12 +147,13 @@ def _converted(checkpoint: Path, folder: Path) -> str:
     return last.removeprefix("megatron-srpo: error: ")
 
 
-def _write(attempts: Sequence[Attempt], found: pd.DataFrame, inputs: EvalInputs, out: Path) -> None:
+def _write(
+    attempts: Sequence[Attempt], found: pd.DataFrame, inputs: EvalInputs, cfg: Config, folder: Path
+) -> None:
     digests = {(each.name, p.id): p.digest for each in inputs.sets for p in each.prompts}
-    with staged_folder(out) as partial:
-        with (partial / RESPONSES).open("w", encoding="utf-8") as file:
-            for attempt in attempts:
-                problem = digests[attempt.set, attempt.prompt_id]
-                row = asdict(attempt) | {"problem": problem}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        write_tables(found, partial)
+    with (folder / RESPONSES).open("w", encoding="utf-8") as file:
+        for attempt in attempts:
+            row = asdict(attempt) | {"problem": digests[attempt.set, attempt.prompt_id]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (folder / CONFIG).write_text(dump_config(cfg), "utf-8")
+    write_tables(found, folder)

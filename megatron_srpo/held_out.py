@@ -1,4 +1,4 @@
-"""What is a policy measured on?   `eval.sets` -> problems, judges; none that it is trained on"""
+"""What is a policy measured on?   `eval.sets` -> problems, judges; no problem of `data.train`"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_srpo.config_sections import EvalSet
 from megatron_srpo.data import PromptFormat, read_prompts
 from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.protocols import Tokenizer
-from megatron_srpo.rewards.code import asked_by
+from megatron_srpo.rewards.code import Case, asked_by
 from megatron_srpo.rewards.judge import RewardJudge, judge_named
 from megatron_srpo.types import InputError, Prompt
 
@@ -36,7 +36,7 @@ def read_held_out(
     dropped: list[str] = []
     for name, each in cfg.eval.sets.items():
         prompts, too_long = _read_set(each, cfg, tokenizer)
-        rewards = _rewards_of(each, cfg)
+        rewards = rewards_of(each, cfg)
         if rewards not in judges:  # one whose processes are there need not start others
             judges[rewards] = judge_of(cfg, *rewards)
         sets.append(HeldOut(name=name, prompts=prompts, judge=judges[rewards]))
@@ -44,7 +44,8 @@ def read_held_out(
     return sets, dropped
 
 
-def _rewards_of(each: EvalSet, cfg: Config) -> tuple[str, str | None]:
+def rewards_of(each: EvalSet, cfg: Config) -> tuple[str, str | None]:
+    """The first and the second one's name."""
     if each.reward is None:
         return cfg.reward, cfg.second_reward
     return each.reward, each.second_reward
@@ -60,13 +61,13 @@ def _read_set(
         max_prompt_tokens=cfg.data.max_prompt_tokens,
         long_prompts=cfg.data.long_prompts,
     )
-    check_answers(prompts, each.reward or cfg.reward, each.data)
+    check_answers(prompts, rewards_of(each, cfg), each.data)
     return prompts[: cfg.eval.num_prompts], too_long
 
 
-def check_answers(prompts: Sequence[Prompt], reward: str, path: Path) -> None:
-    """Raises `InputError` for an answer that a reward of the package's own cannot compare with."""
-    if reward == "code":
+def check_answers(prompts: Sequence[Prompt], rewards: Sequence[str | None], path: Path) -> None:
+    """Raises `InputError` for an answer without tests where programs are to be tested."""
+    if "code" in rewards:
         for prompt in prompts:
             try:
                 asked_by(prompt.answer)
@@ -76,17 +77,29 @@ def check_answers(prompts: Sequence[Prompt], reward: str, path: Path) -> None:
 
 def check_disjoint(prompts: Sequence[Prompt], sets: Sequence[HeldOut], cfg: Config) -> None:
     """Raises `InputError` for a held-out problem that is a training problem too, whatever its id:
-    the same question but for case and white space, or the same tests of a program."""
+    the same question but for case and white space, or a program whose tests are all another's."""
     trained = {_question(prompt): prompt.id for prompt in prompts}
-    tested = {prompt.answer: prompt.id for prompt in prompts if cfg.reward == "code"}
+    tested = {case: prompt.id for prompt in prompts for case in _cases(prompt, cfg)}
     for held_out in sets:
         for prompt in held_out.prompts:
-            other = trained.get(_question(prompt), tested.get(prompt.answer))
+            owners = {tested.get(case) for case in _cases(prompt, cfg)}
+            of_tests = owners.pop() if len(owners) == 1 else None
+            other = trained.get(_question(prompt), of_tests)
             if other is not None:
                 raise InputError(
                     f"{cfg.eval.sets[held_out.name].data}: problem {prompt.id!r} is also in "
                     f"{cfg.data.train}, as {other!r}: take it out of one of them"
                 )
+
+
+def _cases(prompt: Prompt, cfg: Config) -> Sequence[Case]:
+    """The tests of a program that is trained on; of other answers, which many share, none."""
+    if cfg.reward != "code":
+        return ()
+    try:
+        return asked_by(prompt.answer).cases
+    except InputError:  # a set that has another reward
+        return ()
 
 
 def _question(prompt: Prompt) -> str:

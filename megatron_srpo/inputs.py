@@ -83,7 +83,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
         max_prompt_tokens=cfg.data.max_prompt_tokens,
         long_prompts=cfg.data.long_prompts,
     )
-    check_answers(prompts, cfg.reward, cfg.data.train)
+    check_answers(prompts, (cfg.reward, cfg.second_reward), cfg.data.train)
     sets, also_dropped = read_held_out(cfg, tokenizer, judge)
     check_disjoint(prompts, sets, cfg)
     if len(prompts) < cfg.algorithm.num_prompts:

@@ -45,8 +45,11 @@ def staged_folder(out: Path) -> Iterator[Path]:
     check_free(out)
     # Not `mkdtemp`: that folder, and so the finished one, would be its owner's alone to read.
     partial = out.with_name(f"{out.name}.{secrets.token_hex(4)}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({os.strerror(error.errno or 0)})") from error
     try:
         yield partial
         publish(partial, out)

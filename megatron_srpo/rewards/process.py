@@ -60,7 +60,7 @@ class Worker:
         except OSError as error:
             raise StartError(f"no process could be started: {error}") from error
         self.end = weakref.finalize(self, _kill, self._process, self._channel, os.getpid())
-        """Ends the process with all that it started."""
+        """Ends the process with all of its group: what began a session of its own lives on."""
         self._is_started, self._unsent = False, b""
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + START_S
 

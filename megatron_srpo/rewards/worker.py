@@ -38,11 +38,15 @@ def serve(descriptor: int, trainer: int, name: str, timeout_s: float, sandbox: S
     os.set_inheritable(descriptor, False)
     sys.excepthook = _left_to_the_trainer
     channel = Connection(os.dup(descriptor))
-    with _saying_what_is_raised(channel):
+    worker = os.getpid()
+    with _saying_what_is_raised(channel, worker):
         reward = reward_named(name, timeout_s=timeout_s, sandbox=sandbox)
         channel.send_bytes(STARTED)
         for prompt, response in _items(channel):
-            channel.send_bytes(packed_verdict(checked(reward(prompt, response))))
+            score = checked(reward(prompt, response))
+            if os.getpid() != worker:  # a fork that came back: its answer would be the next item's
+                os._exit(0)
+            channel.send_bytes(packed_verdict(score))
 
 
 def _items(channel: Connection) -> Iterator[tuple[Prompt, str]]:
@@ -54,13 +58,15 @@ def _items(channel: Connection) -> Iterator[tuple[Prompt, str]]:
 
 
 @contextlib.contextmanager
-def _saying_what_is_raised(channel: Connection) -> Generator[None]:
-    """A reward that leaves (`sys.exit`) has said nothing: its process has ended."""
+def _saying_what_is_raised(channel: Connection, worker: int) -> Generator[None]:
+    """A reward that leaves (`sys.exit`) has said nothing: its process has ended. So has a fork of
+    the process `worker`, whatever it raised."""
     try:
         yield
     finally:
         error = sys.exception()
-        if error is not None and not isinstance(error, SystemExit):
+        is_worker = os.getpid() == worker
+        if error is not None and not isinstance(error, SystemExit) and is_worker:
             channel.send_bytes(packed_verdict(RewardRaisedError.of(error)))
 
 

@@ -191,7 +191,7 @@ def test_evaluating_the_exported_folder_or_the_checkpoint_says_what_the_run_s_la
         assert (results[0] / name).read_bytes() == (results[1] / name).read_bytes()
     compared = finish(start("compare", *results))
     rows = [line.split() for line in compared.splitlines()[2:]]
-    assert [row[:-5] for row in rows] == [["held_out", "greedy", "7"], ["sampled", "8"]]
+    assert [row[:-5] for row in rows] == [["held_out", "greedy", "7", "0"], ["sampled", "8", "0"]]
     assert all(row[-5] == row[-4] and row[-3:] == ["0.0000"] * 3 for row in rows)
     before, after = (
         {name.rpartition("/")[2]: v for name, v in line.items() if name.startswith("eval/")}

@@ -138,6 +138,7 @@ def test_more_processes_than_problems_still_evaluate_each_problem_once(config: P
         (("--out", "{folder}/run"), "run: exists already; name a new folder"),
         (("--out", "{folder}/config.yaml/out"), "config.yaml is no folder that can be written to"),
         (("--ckpt", "{folder}/run"), "run: no checkpoint, or one not written to its end"),
+        (("--show", "9"), "--show 9: the largest set has 8 prompts"),
         (("model=nowhere",), "nowhere: not a Hugging Face model folder"),
         (("eval.sets.held_out.data=nowhere.jsonl",), "nowhere.jsonl: no such data file"),
         (("eval.pass_at=[2]",), "needs one k at least, none above num_samples=1"),

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from megatron_srpo.compare import compare
+from megatron_srpo.config_file import dump_config
 from megatron_srpo.types import InputError
+from tests.unit.builders import config
 
 
-def written(folder: Path, *responses: dict[str, Any]) -> Path:
+def written(folder: Path, *responses: dict[str, Any], reward: str = "boxed") -> Path:
     folder.mkdir()
+    sets = {"math": {"data": "math.jsonl", "reward": reward}}
+    (folder / "config.yaml").write_text(dump_config(config(eval={"sets": sets})))
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in responses))
     return folder
 
@@ -45,7 +49,7 @@ def test_only_problems_that_both_answered_are_compared_and_responses_to_one_are_
     found = compare(first, second)
     assert [*found.index] == [("math", "sampled")]  # no greedy response in the second
     row = found.loc["math", "sampled"]
-    assert row["num_problems"] == 2
+    assert (row["num_problems"], row["left_out"]) == (2, 2)
     assert (row["first"], row["second"], row["difference"]) == (0.25, 1.0, 0.75)
     assert (row["low"], row["high"]) == (0.5, 1.0)  # of {.5, 1}, drawn twice
 
@@ -81,7 +85,7 @@ def test_a_run_is_no_better_than_itself(tmp_path: Path):
         ([response("z", True)], "have no problem in common"),
         ([response("a", True, set="other")], "have no problem in common"),
         ([response("a", True, problem="x")], "problem 'a' of set math is not the same in"),
-        ([response("a", True) | {"score": {}}], "row 1 is no response of an evaluation"),
+        ([response("a", True) | {"score": {"x": 1}}], "row 1 is no response of an evaluation"),
         ([{"prompt_id": "a"}], "row 1 has no 'set'"),
         ([], "holds no rows"),
     ],
@@ -92,5 +96,21 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     first = written(tmp_path / "first", response("a", True))
     with pytest.raises(InputError, match=message):
         compare(first, written(tmp_path / "second", *rows))
-    with pytest.raises(InputError, match="no such data file"):
+    with pytest.raises(InputError, match="no such config file"):
         compare(first, tmp_path / "nowhere")
+
+
+def test_verdicts_of_different_rewards_are_not_compared(tmp_path: Path):
+    first = written(tmp_path / "first", response("a", True))
+    second = written(tmp_path / "second", response("a", True), reward="math_string")
+    with pytest.raises(InputError, match=r"set math was judged by boxed in .*, by math_string in"):
+        compare(first, second)
+
+
+def test_seeds_weigh_alike_as_in_the_table(tmp_path: Path):
+    one = written(
+        tmp_path / "one",
+        *(response("a", right, index=i) for i, right in enumerate((True, True, False, False))),
+        response("a", True, seed=1),
+    )
+    assert compare(one, one).loc["math", "sampled"]["first"] == 0.75

@@ -279,6 +279,7 @@ def test_an_evaluation_generates_something(tmp_path: Path):
         ("eval.sets.other={}", "eval.sets.other.data: Field required"),
         ("eval.sets.other={dta: x}", "unknown key 'eval.sets.other.dta'; did you mean"),
         ("eval.sets.a/b.data=x", "should match pattern"),
+        ("eval.sets.mean.data=x", "eval: sets.mean: that is the name of the mean over all sets"),
         (
             "eval.sets.held_out.second_reward=boxed",
             "eval.sets.held_out: second_reward=boxed needs a `reward` beside it",
@@ -300,6 +301,8 @@ def test_evaluation_sets_are_named_by_the_user_and_keep_their_order(tmp_path: Pa
     sets = load_config(written(tmp_path), overrides).eval.sets
     assert [*sets] == ["held_out", "aime-24", "MATH_500"]
     assert sets["MATH_500"].reward == "boxed" and sets["aime-24"].reward is None
+    left = load_config(written(tmp_path), [*overrides, "eval.sets.held_out=null"]).eval.sets
+    assert [*left] == ["aime-24", "MATH_500"]
 
 
 def test_lengths_that_just_fit_are_accepted(tmp_path: Path):
@@ -308,7 +311,18 @@ def test_lengths_that_just_fit_are_accepted(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "template", ["{question}", "{}", "{0}", "{steps", "boxed{1}", "{prompt.text}", "{prompt[a]}"]
+    "template",
+    [
+        "{question}",
+        "{}",
+        "{0}",
+        "{steps",
+        "boxed{1}",
+        "{prompt.text}",
+        "{prompt[a]}",
+        "{prompt!r}",
+        "{prompt:{delimiter}}",
+    ],
 )
 def test_a_template_with_a_wrong_field_names_the_right_ones(tmp_path: Path, template: str):
     for section, fields in (
@@ -355,6 +369,13 @@ def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path):
 
 def test_the_config_stays_on_one_page():
     assert len([*field_names()]) <= 135
+
+
+@pytest.mark.parametrize("template", ["hello", "{{prompt}}", "{answer_format}"])
+def test_a_prompt_holds_the_question(tmp_path: Path, template: str):
+    text = yaml.safe_dump(DEFAULTS | {"data": {**DEFAULTS["data"], "template": template}})
+    message = "data: template: has no {prompt}: the policy would not be asked"
+    assert refusal(tmp_path, text=text) == message
 
 
 # --- every field is read -------------------------------------------------------------------------

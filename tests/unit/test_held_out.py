@@ -81,15 +81,22 @@ def test_a_problem_that_is_trained_on_is_not_measured_on_whatever_its_id():
     assert not refusal(trained, [prompt("What is 1 + 2?", id="t1")], "boxed")
 
 
+def program(*outputs: str) -> str:
+    tests = [{"input": "1", "output": output} for output in outputs]
+    return json.dumps({"tests": tests}, indent=len(outputs))
+
+
 def test_programs_are_not_measured_by_the_tests_that_they_were_trained_on():
-    tests = '{"tests": [{"input": "1", "output": "2"}]}'
-    trained = [prompt("Double it", id="t", answer=tests)]
-    measured = [prompt("Add a number to itself", id="m", answer=tests)]
-    assert "problem 'm' is also in train.jsonl, as 't'" in refusal(trained, measured, "code")
-    assert not refusal(trained, measured, "boxed")  # other problems may share an answer
+    trained = [prompt("Double it", id="t", answer=program("2", "3", "4"))]
+    some = [prompt("Add a number to itself", id="m", answer=program("3", "2"))]
+    assert "problem 'm' is also in train.jsonl, as 't'" in refusal(trained, some, "code")
+    assert not refusal(trained, some, "boxed")  # other problems may share an answer
+    others = [prompt("Add one", id="m", answer=program("2", "5"))]
+    assert not refusal(trained, others, "code")
 
 
 def test_an_answer_without_tests_is_refused_where_programs_are_judged(tmp_path: Path):
-    sets = {"programs": {"data": file(tmp_path, "programs", "a"), "reward": "code"}}
+    sets = {"programs": {"data": file(tmp_path, "programs", "a"), "reward": "boxed"}}
+    sets["programs"]["second_reward"] = "code"
     with pytest.raises(InputError, match=r"programs.jsonl: problem 'row1': the answer .* JSON"):
         read(config(eval={"sets": sets}, sandbox="limits"))

@@ -66,6 +66,13 @@ def leave_a_fork(prompt, rest):
         time.sleep(60)
     os.kill(os.getpid(), signal.SIGKILL)
 
+def come_back_twice(prompt, rest):
+    """Its fork comes back too, later, and answers or raises."""
+    if os.fork() == 0:
+        time.sleep(0.2)
+        return say(1.0) if rest == "answer" else [][1]
+    return say(0.0)
+
 def start_another_and_hang(prompt, rest):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (HERE / "other.pid").write_text(str(other.pid))
@@ -89,6 +96,8 @@ ACTS = {
     "no_score": lambda prompt, rest: 0.5,
     "unpicklable": lambda prompt, rest: Score(value=0.0, correct=False, failure=lambda: 0),
     "fork": leave_a_fork,
+    "twice": come_back_twice,
+    "wait": lambda prompt, rest: time.sleep(0.6) or say(0.25),
     "another": start_another_and_hang,
     "speak": speak,
 }
@@ -175,6 +184,12 @@ def test_an_item_that_ends_two_processes_has_a_failure_that_says_how(
     assert ask(response) == expected
     assert ask("pid").value != before
     assert ask("answer 2").correct
+
+
+@pytest.mark.parametrize("does", ["answer", "raise"])
+def test_a_fork_that_comes_back_says_nothing_in_place_of_the_next_item(ask, does: str) -> None:
+    assert ask(f"twice {does}").value == 0.0
+    assert ask("wait").value == 0.25
 
 
 def test_an_item_whose_process_dies_once_is_asked_again(ask) -> None:
