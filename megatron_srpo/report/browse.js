@@ -130,8 +130,8 @@ function textOf(rollout, seed) {
     const isBlamed = reset?.k !== undefined && number === (reset.o ?? reset.k);
     const classes = [isBlamed && "blamed", tokens.every((token) => token.copied) && "copied"];
     const spans = tokens.map((token) => {
-      const kind = token.text === "" ? "end" : token.text.endsWith("\n") ? "line" : "";
-      return el("span", { class: `token ${kind} ${token.copied ? "copied" : ""}`, "data-i": String(token.index) }, token.text);
+      const kinds = ["token", token.text === "" && "end", token.copied && "copied"];
+      return el("span", { class: kinds.filter(Boolean).join(" "), "data-i": String(token.index) }, token.text);
     });
     const notes = [];
     if (isBlamed) notes.push(el("mark", {}, reset?.o === undefined ? "↶ blamed: reset to before this" : "↶ blamed"));

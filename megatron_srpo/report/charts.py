@@ -144,21 +144,43 @@ def _phases(experiments: Sequence[Experiment]) -> list[Plot]:
 
 
 def _over_steps(plot: Plot, experiments: Sequence[Experiment]) -> list[Chart]:
-    """One chart; a stack is one of each experiment, since areas hide each other."""
+    """One chart; a stack is one of each experiment, since areas hide each other. What is 0
+    throughout is drawn only where all is."""
+    rows = [row for e in experiments for run in e.runs for row in run.rows]
+    telling = {name for name in plot.metrics if any(row.get(name) for row in rows)}
     sets: list[Lines] = []
     for experiment in experiments:
-        curves = {label: experiment.curve(name) for name, label in plot.metrics.items()}
+        shown = {n: label for n, label in plot.metrics.items() if n in telling or not telling}
+        curves = {label: experiment.curve(name) for name, label in shown.items()}
         lines = [
             Line(name=label, mean=curve[0], deviation=curve[1] if any(curve[1]) else ())
             for label, curve in curves.items()
-            if curve and any(curve[0]) + (plot.kind == "lines")  # phases that take no time
+            if curve
         ]
         if lines:
             own = Lines(experiment=experiment.name, x=experiment.axes(), lines=tuple(lines))
-            sets.append(own)
+            sets.append(_without_gaps(own))
     if plot.kind == "stack" and len(sets) > 1:
         return [_chart(plot, [own], f"{plot.title}: {own.experiment}") for own in sets]
     return [_chart(plot, sets, plot.title)] if sets else []
+
+
+def _without_gaps(lines: Lines) -> Lines:
+    """Where no line has a value, there is no point: evaluations are not of every step."""
+    places = [i for i, means in enumerate(zip(*(line.mean for line in lines.lines), strict=True))
+              if any(mean is not None for mean in means)]  # fmt: skip
+
+    def kept(values: Sequence[float | None]) -> Values:
+        return tuple(values[i] for i in places) if values else ()
+
+    return Lines(
+        experiment=lines.experiment,
+        x={axis: [*kept(values)] for axis, values in lines.x.items()},
+        lines=tuple(
+            Line(name=line.name, mean=kept(line.mean), deviation=kept(line.deviation))
+            for line in lines.lines
+        ),
+    )
 
 
 def _chart(plot: Plot, sets: Sequence[Lines], title: str) -> Chart:

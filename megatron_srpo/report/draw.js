@@ -7,7 +7,7 @@
 
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [14, 4], [2, 7]];
 const AXES = { step: "step", tokens: "generated tokens", hours: "hours", depth: "part of the chain that is kept" };
-const NUM_COLOURS = 8;
+const NUM_COLOURS = 12;
 const CHART_HEIGHT = 210;
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 
@@ -22,7 +22,7 @@ function el(tag, attributes = {}, ...children) {
 
 /** @param {number|null|undefined} value */
 function shortNumber(value) {
-  if (value === null || value === undefined) return "–";
+  if (value === null || value === undefined) return "";
   const size = Math.abs(value);
   if (value !== 0 && size < 1e-3) return value.toExponential(1);
   return size >= 1e4 ? compact.format(value) : String(Number(value.toPrecision(4)));
@@ -70,7 +70,7 @@ function styled(chart, series, raw) {
   const isArea = chart.kind !== "lines";
   return {
     label: series.name,
-    class: isLine ? "" : "band",
+    class: isLine ? "line" : "band",
     stroke: isLine ? colour : "transparent",
     fill: isArea ? colour + "90" : undefined,
     width: isLine ? 2 : 0,
@@ -120,6 +120,9 @@ function plotted(chart, axis, width) {
       bands,
       cursor: { sync: { key: axis }, points: { size: 7 } },
       legend: { live: true },
+      hooks: {  // without a pointer, the legend says how it ended
+        setCursor: [(/** @type {any} */ u) => u.cursor.idx === null && chart.kind !== "bars" && u.setLegend({ idx: data[0].length - 1 })],
+      },
     },
   };
 }
@@ -143,13 +146,11 @@ function numbersOf(chart, axis) {
 /** @param {Chart} chart @param {string} axis */
 function figureOf(chart, axis) {
   const own = axisOf(chart, axis);
-  const has = chart.sets.some((set) => set.lines.some((line) => line.deviation.length));
-  const unit = chart.unit + (has ? "; band: one standard deviation over seeds" : "");
   const frame = el("div", { class: "frame" });
   const numbers = el("details", { class: "numbers" }, el("summary", {}, "numbers"));
   numbers.addEventListener("toggle", () => numbers.childElementCount < 2 && numbers.append(numbersOf(chart, own)));
   const made = el("figure", { id: chart.id, class: chart.kind },
-    el("figcaption", {}, el("strong", {}, chart.title), " ", el("small", {}, unit)), frame, numbers);
+    el("figcaption", {}, el("strong", {}, chart.title), " ", el("small", {}, chart.unit)), frame, numbers);
   /** @type {any} */
   let plot = null;
   const size = new ResizeObserver(() => {
@@ -158,6 +159,7 @@ function figureOf(chart, axis) {
     if (plot) return void plot.setSize({ width, height: CHART_HEIGHT });
     const { options, data } = plotted(chart, own, width);
     plot = new uPlot(/** @type {any} */ (options), /** @type {any} */ (data), frame);
+    if (chart.kind !== "bars") plot.setLegend({ idx: data[0].length - 1 });
   });
   size.observe(frame);
   return made;

@@ -33,6 +33,7 @@ function writeSummary() {
 function drawAll() {
   const chosen = /** @type {HTMLInputElement} */ (document.querySelector("input[name=axis]:checked"));
   drawCharts(VALUES.charts, chosen.value);
+  byId("bands").hidden = !VALUES.charts.some((chart) => chart.sets.some((set) => set.lines.some((line) => line.deviation.length)));
   const sections = [...document.querySelectorAll("main section")];
   byId("sections").replaceChildren(...sections.map((section) => el("a", { href: `#${section.id}` }, section.querySelector("h2")?.textContent ?? "")));
 }

@@ -18,9 +18,7 @@ SETTINGS: dict[str, Callable[[Config], str]] = {
     "policy": lambda c: str(c.model),
     "data": lambda c: str(c.data.train),
     "reward": lambda c: c.reward,
-    "a step": lambda c: (
-        f"{c.algorithm.num_prompts} prompts x {c.algorithm.num_rollouts} rollouts"
-    ),
+    "a step": lambda c: f"{c.algorithm.num_prompts} prompts x {c.algorithm.num_rollouts} rollouts",
     "layout": lambda c: (
         f"tp {c.parallel.tp}, pp {c.parallel.pp}, cp {c.parallel.cp}, ep {c.parallel.ep}; "
         f"rollouts tp {c.rollout.tp}; {c.dtype}"

@@ -109,7 +109,9 @@ def _credits(groups: Sequence[Group], cfg: Config) -> dict[str, Credit]:
         return {}
     prompts = {rollout.id: len(g.prompt.token_ids) for g in groups for rollout in g.rollouts}
     return {
-        sample.id: runs(sample.loss_weight[prompts[sample.id] :], sample.advantage[prompts[sample.id] :])
+        sample.id: runs(
+            sample.loss_weight[prompts[sample.id] :], sample.advantage[prompts[sample.id] :]
+        )
         for sample in to_samples(groups, CREDITS[cfg.credit.rule](cfg), cfg)
     }
 
