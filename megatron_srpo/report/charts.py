@@ -148,12 +148,16 @@ def _over_steps(plot: Plot, experiments: Sequence[Experiment]) -> list[Chart]:
     throughout is drawn only where all is."""
     rows = [row for e in experiments for run in e.runs for row in run.rows]
     telling = {name for name in plot.metrics if any(row.get(name) for row in rows)}
+    is_banded = plot.kind == "lines"
     sets: list[Lines] = []
     for experiment in experiments:
         shown = {n: label for n, label in plot.metrics.items() if n in telling or not telling}
-        curves = {label: experiment.curve(name) for name, label in shown.items()}
+        found = {label: experiment.curve(name) for name, label in shown.items()}
+        curves = {label: curve for label, curve in found.items() if curve}
         lines = [
-            Line(name=label, mean=curve[0], deviation=curve[1] if any(curve[1]) else ())
+            Line(
+                name=label, mean=curve[0], deviation=curve[1] if is_banded and any(curve[1]) else ()
+            )
             for label, curve in curves.items()
             if curve
         ]

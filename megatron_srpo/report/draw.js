@@ -62,7 +62,7 @@ function seriesOf(chart, axis) {
   });
 }
 
-/** @param {Chart} chart @param {Series} series @param {(number|null)[]} raw */
+/** @param {Chart} chart @param {Series} series @param {(number|null)[]} raw @returns {uPlot.Series} */
 function styled(chart, series, raw) {
   const style = getComputedStyle(document.documentElement);
   const colour = style.getPropertyValue(`--c${series.order % NUM_COLOURS}`).trim();
@@ -77,21 +77,22 @@ function styled(chart, series, raw) {
     dash: isArea ? [] : DASHES[series.order % DASHES.length],
     spanGaps: true,
     points: { show: isLine && chart.kind === "lines" && raw.length <= 40, size: 5 },
-    paths: chart.kind === "bars" ? uPlot.paths.bars({ size: [0.9, 60] }) : undefined,
-    value: (/** @type {any} */ _, /** @type {any} */ v) => shortNumber(v),
+    paths: chart.kind === "bars" ? uPlot.paths.bars?.({ size: [0.9, 60] }) : undefined,
+    value: (_, v) => shortNumber(v),
   };
 }
 
 /** uPlot's options and data.
- * @param {Chart} chart @param {string} axis @param {number} width */
+ * @param {Chart} chart @param {string} axis @param {number} width
+ * @returns {{data: uPlot.AlignedData, options: uPlot.Options}} */
 function plotted(chart, axis, width) {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink").trim(), rule = style.getPropertyValue("--rule").trim();
   const tables = seriesOf(chart, axis), all = tables.flat();
-  const data = tables.length === 1
-    ? [all[0].x, ...all.map((s) => s.y)]
-    : uPlot.join(tables.map((table) => /** @type {any} */ ([table[0].x, ...table.map((s) => s.y)])));
+  const aligned = tables.map((table) => /** @type {uPlot.AlignedData} */ ([table[0].x, ...table.map((s) => s.y)]));
+  const data = aligned.length === 1 ? aligned[0] : uPlot.join(aligned);
   const series = all.map((s) => styled(chart, s, s.y));
+  /** @type {uPlot.Band[]} */
   const bands = all.flatMap((s, i) => {
     if (chart.kind === "stack") return i ? [{ series: [i + 1, i] }] : [];
     return s.kind === "high" ? [{ series: [i + 1, i + 2], fill: series[i - 1].stroke + "33" }] : [];
@@ -109,7 +110,7 @@ function plotted(chart, axis, width) {
       height: CHART_HEIGHT,
       scales: {
         x: { time: false, range: chart.kind === "bars" ? [0, 1] : undefined },
-        y: { range: (/** @type {any} */ _, /** @type {number} */ low, /** @type {number} */ high) =>
+        y: { range: (_, low, high) =>
           low === null ? [0, 1] : [Math.min(0, low * 1.05), high > 0 ? high * 1.05 : low < 0 ? 0 : 1] },
       },
       axes: [
@@ -121,7 +122,7 @@ function plotted(chart, axis, width) {
       cursor: { sync: { key: axis }, points: { size: 7 } },
       legend: { live: true },
       hooks: {  // without a pointer, the legend says how it ended
-        setCursor: [(/** @type {any} */ u) => u.cursor.idx === null && chart.kind !== "bars" && u.setLegend({ idx: data[0].length - 1 })],
+        setCursor: [(u) => u.cursor.idx === null && chart.kind !== "bars" && u.setLegend({ idx: data[0].length - 1 })],
       },
     },
   };
@@ -151,14 +152,14 @@ function figureOf(chart, axis) {
   numbers.addEventListener("toggle", () => numbers.childElementCount < 2 && numbers.append(numbersOf(chart, own)));
   const made = el("figure", { id: chart.id, class: chart.kind },
     el("figcaption", {}, el("strong", {}, chart.title), " ", el("small", {}, chart.unit)), frame, numbers);
-  /** @type {any} */
+  /** @type {uPlot|null} */
   let plot = null;
   const size = new ResizeObserver(() => {
     const width = frame.clientWidth;
     if (!width) return;
     if (plot) return void plot.setSize({ width, height: CHART_HEIGHT });
     const { options, data } = plotted(chart, own, width);
-    plot = new uPlot(/** @type {any} */ (options), /** @type {any} */ (data), frame);
+    plot = new uPlot(options, data, frame);
     if (chart.kind !== "bars") plot.setLegend({ idx: data[0].length - 1 });
   });
   size.observe(frame);

@@ -49,10 +49,10 @@ class Experiment:
         """Where the points of a curve stand: by steps, tokens generated and hours until then, the
         mean over runs."""
         spent = [_spent(run.rows) for run in self.runs]
-        return {"step": [float(step) for step in self.steps]} | {
-            name: [_mean([s[step][name] for s in spent if step in s]) for step in self.steps]
-            for name in ("tokens", "hours")
-        }
+        axes: dict[str, list[float | None]] = {"step": [float(step) for step in self.steps]}
+        for name in ("tokens", "hours"):
+            axes[name] = [_mean([s[step][name] for s in spent if step in s]) for step in self.steps]
+        return axes
 
     def curve(self, metric: str) -> Curve | None:
         """Over steps; None if no run has it."""

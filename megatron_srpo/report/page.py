@@ -1,7 +1,7 @@
 """How is all of it one page?   run folders -> report.html, which needs no network
 
 `page.html` is the frame; style, chart library (uPlot) and the page's own script are put into it,
-and the values as JSON: what is drawn first, rollouts behind it, so that charts do not wait for them.
+and the values as JSON: rollouts come last, so that charts do not wait for them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 
 from megatron_srpo.report.charts import Chart, charts
 from megatron_srpo.report.experiments import Measured, experiments
-from megatron_srpo.report.record import RunRecord, read_runs
+from megatron_srpo.report.record import read_runs
 from megatron_srpo.report.rollouts import Shown, show, to_json
 from megatron_srpo.report.summary import summary
 from megatron_srpo.report.tree import is_credit_known
 from megatron_srpo.staging import write_durably
-from megatron_srpo.types import InputError
 
 PAGE = Path(__file__).parent
 MOST_BYTES = 12_000_000

@@ -91,7 +91,7 @@ def plain(tree: Tree, pieces: Pieces | None) -> dict[str, Any]:
     """A prompt for the page: `id`, question `q`, answer `a`, known right thoughts `sol`, rollouts
     `b` (`_plain`)."""
     prompt = tree.prompt
-    known = {"id": prompt.id, "q": prompt.text, "a": prompt.answer}
+    known: dict[str, Any] = {"id": prompt.id, "q": prompt.text, "a": prompt.answer}
     if prompt.solution:
         known["sol"] = list(prompt.solution)
     return known | {"b": [_plain(branch, pieces) for branch in tree.branches]}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console, Group as Stacked
+from rich.console import Console
+from rich.console import Group as Stacked
 from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree as Drawn

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -28,7 +29,7 @@ def find_pieces(run: RunRecord) -> tuple[Pieces | None, str | None]:
     for folder in folders:
         if _is_readable(folder / "tokenizer.json"):
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            return lambda token_ids: _pieces(tokenizer, token_ids), None
+            return partial(_pieces, tokenizer), None
     tried = ", ".join(map(str, folders))
     return None, f"tokenizer.json: not in {tried}; thoughts are not divided into tokens"
 
