@@ -119,7 +119,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     runs: list[Path] = arguments.runs
     out: Path = arguments.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    if not out.absolute().parent.is_dir():
+    if arguments.out is not None and not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.parent} is no folder")
     if arguments.export is not None:
         check_free(arguments.export)

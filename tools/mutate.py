@@ -66,6 +66,8 @@ def tests_of(file: str) -> list[str]:
         names += ["families", "convert"]
     if file.startswith("rewards/"):
         names += ["process"]
+    if file.startswith("report/"):
+        names = ["report"]
     if file.startswith("../tools/prepare"):
         names = ["prepare_data", "prepare_sets"]
     paths = [f"tests/unit/test_{name}.py" for name in dict.fromkeys(names)]

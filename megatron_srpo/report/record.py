@@ -111,7 +111,8 @@ def _read_metrics(folder: RunFolder, missing: list[str]) -> list[dict[str, float
             continue
         try:
             row = json.loads(line)
-            rows[int(row["step"])] = {n: float(v) for n, v in row.items() if _is_finite(v)}
+            step = int(row["step"])
+            rows[step] = {n: float(v) for n, v in row.items() if _is_finite(v)}
         except (ValueError, KeyError, TypeError):
             is_last = number == len(lines)
             why = "is cut off" if is_last else "is no row of metrics"
