@@ -74,16 +74,23 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> int:
                     "folder (run_dir=PATH) or remove this one",
                     file=sys.stderr,
                 )
+            _leave_report(cfg, is_renewed=False)
             return 0
         from megatron_srpo.train import train
 
         if not train(cfg, inputs, replay=arguments.replay):
             return STOPPED
-        if os.environ["RANK"] == "0":
-            from megatron_srpo.report.afterwards import leave_report
-
-            leave_report(RunFolder(cfg.run_dir))
+        _leave_report(cfg, is_renewed=True)
     return 0
+
+
+def _leave_report(cfg: Config, *, is_renewed: bool) -> None:
+    """Of a finished run, on its first rank; a process that was killed may have left none."""
+    folder = RunFolder(cfg.run_dir)
+    if os.environ["RANK"] == "0" and (is_renewed or not folder.report.exists()):
+        from megatron_srpo.report.afterwards import leave_report
+
+        leave_report(folder)
 
 
 def _evaluate(arguments: argparse.Namespace, cfg: Config, num_processes: int) -> None:

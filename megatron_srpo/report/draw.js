@@ -77,7 +77,7 @@ function styled(chart, series, raw) {
     dash: isArea ? [] : DASHES[series.order % DASHES.length],
     spanGaps: true,
     points: { show: isLine && chart.kind === "lines" && raw.length <= 40, size: 5 },
-    paths: chart.kind === "bars" ? uPlot.paths.bars?.({ size: [0.9, 60] }) : undefined,
+    paths: chart.kind === "bars" ? uPlot.paths.bars?.({ size: [0.85 / chart.sets.length, 60] }) : undefined,
     value: (_, v) => shortNumber(v),
   };
 }

@@ -86,6 +86,18 @@ class Browser {
       : shown === recorded ? `All ${recorded} prompts of the journal, a prompt counted in each of its steps.`
       : `A sample: ${shown} of the journal's ${recorded} prompts. Each step has the same room; in a step, prompts with resets come first, then the journal's order. Curves and depths are of all rollouts.`;
     this.filter();
+    this.prepareSearch(this.entries, 0);
+  }
+
+  /** While nothing else is to be done, so that the first search need not.
+   * @param {Entry[]} entries @param {number} at */
+  prepareSearch(entries, at) {
+    if (at < entries.length && entries === this.entries) {
+      requestIdleCallback((idle) => {
+        while (at < entries.length && idle.timeRemaining() > 1) searched(entries[at++]);
+        this.prepareSearch(entries, at);
+      });
+    }
   }
 
   filter() {
