@@ -112,7 +112,8 @@ def _metrics(report: Report) -> Iterable[Cells]:
 
 def _rollouts(runs: Sequence[RunRecord]) -> Iterable[Cells]:
     yield ROLLOUT
-    for run, step in ((run, step) for run in runs for step in run.steps):
+    recorded = [(run, step) for run in runs for step in run.steps]
+    for run, step in recorded:
         for tree in trees(read_groups(run, step)[0], run.cfg):
             for branch in tree.all:
                 yield [run.name, step, tree.prompt.id, *_cells(branch)]

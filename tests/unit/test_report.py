@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -21,7 +22,7 @@ from megatron_srpo.report.charts import Chart, charts
 from megatron_srpo.report.experiments import Measured, experiments
 from megatron_srpo.report.export import export
 from megatron_srpo.report.facts import depths, lengths
-from megatron_srpo.report.page import read_report, write_report
+from megatron_srpo.report.page import read_report, watch, write_report
 from megatron_srpo.report.record import read_runs
 from megatron_srpo.report.rollouts import packed, plain, show, to_json
 from megatron_srpo.report.show import show as show_in_terminal
@@ -175,6 +176,14 @@ def test_depths_count_resets_and_what_their_suffixes_came_to():
     assert (counts.suffixes[3], counts.corrected[3]) == (4, 3)
     twice = counts + counts
     assert (twice.resets.sum(), twice.suffixes[3], twice.corrected[3]) == (2, 8, 6)
+
+
+def test_a_reset_to_the_prompt_made_its_own_suffixes_alone():
+    seed, other = rollout("5\n2", id="s"), rollout("1", id="b", reward=1.0)
+    fresh = rollout("2", id="x", stage="suffix", seed_id="s")
+    reset = Reset(seed_id="s", thought=0, cause="named")
+    counts = depths([group(seed, other, fresh, resets=(reset,))])
+    assert (counts.resets[0], counts.suffixes[0], counts.corrected[0]) == (1, 1, 0)
 
 
 def test_a_reset_that_was_not_made_or_not_trained_has_no_depth():
@@ -386,6 +395,30 @@ def test_a_report_of_nothing_is_refused_and_nothing_is_written(
         assert main(["report", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_watching_ends_with_the_run_and_the_last_page_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root = write_run(tmp_path / "run", metrics=rows(0.1))
+    said: list[tuple[str, float | None]] = []
+
+    def look() -> None:
+        values = values_of((root / "report.html").read_text())
+        said.append((values["runs"][0]["state"], values["reload_s"]))
+
+    work = contextlib.ExitStack()
+    work.enter_context(RunFolder(root).at_work())
+
+    def sleep(seconds: float) -> None:
+        assert seconds >= 10
+        look()
+        work.close()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    watch([root], root / "report.html")
+    look()
+    assert said == [("runs", 10.0), ("stopped after 1 of 100 steps", None)]
 
 
 def test_an_export_holds_every_chart_and_every_rollout(tmp_path: Path):
