@@ -83,7 +83,7 @@ class Browser {
     this.step.value = [...this.step.options].some((option) => option.value === before) ? before : (run.steps.at(-1)?.step ?? "all").toString();
     const { shown, recorded } = this.record;
     byId("rollouts-note").textContent = recorded === 0 ? "No rollouts are on record."
-      : shown === recorded ? `All ${recorded} prompts of the journal, a prompt counted in each of its steps.`
+      : shown === recorded ? `The whole journal, prompts in all steps: ${recorded}.`
       : `A sample: ${shown} of the journal's ${recorded} prompts. Each step has the same room; in a step, prompts with resets come first, then the journal's order. Curves and depths are of all rollouts.`;
     this.filter();
     this.prepareSearch(this.entries, 0);

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.console import Group as Stacked
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as Drawn
 
@@ -82,18 +82,18 @@ def drawn(tree: Tree, *, step: int) -> Drawn:
     head.append(f"answer {prompt.answer}", style="not bold dim")
     root = Drawn(head, guide_style="dim")
     for branch in sorted(tree.branches, key=lambda branch: branch.reset is None):
-        node = root.add(_drawn(branch, seed=None))
+        node = root.add(_drawn(branch))
         for suffix in branch.suffixes:
-            node.add(_drawn(suffix, seed=branch))
+            node.add(_drawn(suffix))
     return root
 
 
-def _drawn(branch: Branch, *, seed: Branch | None) -> Stacked:
-    thoughts = [_thought(branch, number) for number in range(len(branch.rollout.thoughts))]
-    parts = [_head(branch), *thoughts]
-    if branch.reset is not None:
-        parts += _reset(branch.reset)
-    return Stacked(*parts)
+def _drawn(branch: Branch) -> Stacked:
+    thoughts = Table.grid(padding=(0, 1))
+    for number in range(len(branch.rollout.thoughts)):
+        thoughts.add_row(*_thought(branch, number))
+    reset = _reset(branch.reset) if branch.reset is not None else []
+    return Stacked(_head(branch), thoughts, *reset)
 
 
 def _head(branch: Branch) -> Text:
@@ -113,13 +113,12 @@ def _head(branch: Branch) -> Text:
     return head.append("  " + " · ".join(words), style="not bold default")
 
 
-def _thought(branch: Branch, number: int) -> Padding:
-    """Copied ones in grey, marked with |; the blamed one with its sign."""
+def _thought(branch: Branch, number: int) -> tuple[Text, Text]:
+    """Number and text: copied ones in grey, marked with |; the blamed one with its sign."""
     is_copied = number < branch.num_copied_thoughts
-    text = Text(f"{number + 1:>3}{'|' if is_copied else '.'} ")
-    text.append(branch.rollout.thoughts[number].text.rstrip("\n"))
-    if is_copied:
-        text.stylize("dim italic")
+    style = "dim italic" if is_copied else ""
+    place = Text(f"{number + 1:>3}{'|' if is_copied else '.'}", style=style)
+    text = Text(branch.rollout.thoughts[number].text.rstrip("\n"), style=style)
     reset = branch.reset
     if reset is not None and reset.thought is not None:
         named = reset.thought if reset.moved_from is None else reset.moved_from
@@ -127,7 +126,7 @@ def _thought(branch: Branch, number: int) -> Padding:
             text.append("   ↶ blamed", style="bold yellow")
         if number == reset.thought != named:
             text.append("   ↶ reset moved here", style="yellow")
-    return Padding(text, (0, 0, 0, 1))
+    return place, text
 
 
 def _reset(reset: Reset) -> list[Text]:

@@ -44,7 +44,7 @@ def test_a_finished_run_has_left_its_page(run: Path, opened: Opened):
     figures = page.locator("figure:visible").count()
     assert figures >= 15 and page.locator("figure:visible canvas").count() == figures
     assert page.locator(".note").count() == 0
-    assert page.locator("#rollouts-note").inner_text().startswith("All 16 prompts")
+    assert page.locator("#rollouts-note").inner_text().endswith("in all steps: 16.")
 
 
 def test_filters_choose_the_prompts_that_the_journal_has(run: Path, opened: Opened):
