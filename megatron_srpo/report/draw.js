@@ -6,6 +6,7 @@
 /** @typedef {{name: string, x: number[], y: (number|null)[], kind: "line"|"low"|"high", order: number}} Series */
 
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [14, 4], [2, 7]];
+const DASH_SIGNS = ["———", "- - -", "·····", "—·—·", "— —", "·  ·"]; // in legends, which colour alone would not tell apart
 const AXES = { step: "step", tokens: "generated tokens", hours: "hours", depth: "part of the chain that is kept" };
 const NUM_COLOURS = 12;
 const CHART_HEIGHT = 210;
@@ -68,8 +69,9 @@ function styled(chart, series, raw) {
   const colour = style.getPropertyValue(`--c${series.order % NUM_COLOURS}`).trim();
   const isLine = series.kind === "line";
   const isArea = chart.kind !== "lines";
+  const isDashed = chart.kind === "lines" && chart.sets.flatMap((set) => set.lines).length > 1;
   return {
-    label: series.name,
+    label: isDashed ? `${DASH_SIGNS[series.order % DASHES.length]} ${series.name}` : series.name,
     class: isLine ? "line" : "band",
     stroke: isLine ? colour : "transparent",
     fill: isArea ? colour + "90" : undefined,
@@ -119,7 +121,8 @@ function plotted(chart, axis, width) {
       ],
       series: [{ label: AXES[/** @type {keyof AXES} */ (axis)], value: (_, v) => shortNumber(v) }, ...series],
       bands,
-      cursor: { sync: { key: axis }, points: { size: 7 } },
+      cursor: { sync: { key: axis }, points: { size: 7 }, focus: { prox: 16 } },
+      focus: { alpha: chart.kind === "lines" ? 0.25 : 1 },
       legend: { live: true },
       hooks: {  // without a pointer, the legend says how it ended
         setCursor: [(u) => u.cursor.idx === null && chart.kind !== "bars" && u.setLegend({ idx: data[0].length - 1 })],
@@ -151,7 +154,7 @@ function figureOf(chart, axis) {
   const numbers = el("details", { class: "numbers" }, el("summary", {}, "numbers"));
   numbers.addEventListener("toggle", () => numbers.childElementCount < 2 && numbers.append(numbersOf(chart, own)));
   const made = el("figure", { id: chart.id, class: chart.kind },
-    el("figcaption", {}, el("strong", {}, chart.title), " ", el("small", {}, chart.unit)), frame, numbers);
+    el("figcaption", {}, el("strong", {}, chart.title), " ", el("small", {}, chart.unit + (chart.kind === "stack" ? ", from below in the legend's order" : ""))), frame, numbers);
   /** @type {uPlot|null} */
   let plot = null;
   const size = new ResizeObserver(() => {
