@@ -46,7 +46,7 @@ def test_a_terminal_shows_step_phase_pass_rates_and_the_last_alarm(
     telemetry = Telemetry(
         RunFolder(tmp_path), LogConfig(), name="train self", num_steps=60, stopwatch=stopwatch
     )
-    with telemetry, stopwatch.phase("localize"):
+    with stopwatch.phase("localize"), telemetry:  # drawn a last time before the phase ends
         for step in range(40):
             if step == 20:
                 logging.getLogger("megatron_srpo.replica").warning("a reward [red] failed")
