@@ -14,7 +14,7 @@ ARGS ?=
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 
-.PHONY: train test test-slow check lint mutate clean
+.PHONY: train test test-slow check lint lint-page mutate clean
 
 train: data/chain_arithmetic/DONE runs/chain_arithmetic_warm_start/hf/config.json
 	$(BIN)/megatron-srpo train $(CONFIG) $(ARGS)
@@ -40,6 +40,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The page's scripts are what they are, unbuilt; this checks their types, and needs node.
+lint-page:
+	npm install --silent --no-save --prefix .page typescript@5.9.3 uplot@1.6.32
+	.page/node_modules/.bin/tsc -p megatron_srpo/report/jsconfig.json
+
 mutate: $(VENV)/installed
 	$(BIN)/python tools/mutate.py
 
@@ -52,4 +57,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) .page data runs

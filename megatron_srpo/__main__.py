@@ -1,4 +1,4 @@
-"""`megatron-srpo train | sft | eval | compare | submit | convert`: the command line.
+"""`megatron-srpo train | sft | eval | compare | report | show | submit | convert`.
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Its exit code is 0 or one of `exit_codes.py`.
@@ -17,6 +17,8 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 from megatron_srpo.exit_codes import ALARM, REFUSED, STOPPED
+from megatron_srpo.run_folder import RunFolder
+from megatron_srpo.staging import check_free
 from megatron_srpo.types import AlarmError, InputError
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     be_one_process_unless_launched()
     try:
         if not has_config:
-            {"convert": _convert, "compare": _compare}[arguments.command](arguments)
+            WITHOUT_CONFIG[arguments.command](arguments)
             return 0
         overrides = [*arguments.overrides, *rest]
         cfg = load_config(arguments.config, overrides)
@@ -76,12 +78,23 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> int:
                     "folder (run_dir=PATH) or remove this one",
                     file=sys.stderr,
                 )
+            _leave_report(cfg, is_renewed=False)
             return 0
         from megatron_srpo.train import train
 
         if not train(cfg, inputs, replay=arguments.replay):
             return STOPPED
+        _leave_report(cfg, is_renewed=True)
     return 0
+
+
+def _leave_report(cfg: Config, *, is_renewed: bool) -> None:
+    """Of a finished run, on its first rank; a process that was killed may have left none."""
+    folder = RunFolder(cfg.run_dir)
+    if os.environ["RANK"] == "0" and (is_renewed or not folder.report.exists()):
+        from megatron_srpo.report.afterwards import leave_report
+
+        leave_report(folder)
 
 
 def _evaluate(arguments: argparse.Namespace, cfg: Config, num_processes: int) -> None:
@@ -120,6 +133,34 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(found.to_string(float_format=lambda value: f"{value:.4f}"))
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from megatron_srpo.report.page import read_report, watch, write_report
+
+    runs: list[Path] = arguments.runs
+    out: Path = arguments.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if arguments.out is not None and not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: {out.parent} is no folder")
+    if arguments.export is not None:
+        check_free(arguments.export)
+    if arguments.watch:
+        watch(runs, out)
+    report = read_report(runs)
+    write_report(report, out)
+    print(out)
+    if arguments.export is not None:
+        from megatron_srpo.report.export import export
+
+        export(report, arguments.export)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megatron_srpo.report.show import show
+
+    show(arguments.run, step=arguments.step, prompt=arguments.prompt, console=Console())
+
+
 def _submit(
     arguments: argparse.Namespace, cfg: Config, overrides: list[str], environment: dict[str, str]
 ) -> None:
@@ -151,6 +192,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
 
 
+WITHOUT_CONFIG = {"convert": _convert, "compare": _compare, "report": _report, "show": _show}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-srpo", description="Reinforcement learning with resets on Megatron-Core."
@@ -176,8 +220,24 @@ def _parser() -> argparse.ArgumentParser:
     comparison = commands.add_parser("compare", help="two evaluations, problem by problem")
     for name in ("first", "second"):
         comparison.add_argument(name, type=Path, help="folder that eval --out made")
+    _add_report(commands.add_parser("report", help="one page that shows what runs did"))
+    shown = commands.add_parser("show", help="what became of a prompt, in the terminal")
+    shown.add_argument("run", type=Path, help="run folder")
+    shown.add_argument("--step", type=int, help="from 0; the last one if not given")
+    shown.add_argument("--prompt", metavar="K", help="id, or place in the step from 1; else a list")
     _add_conversion(commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoint"))
     return parser
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html in the run's folder, or here"
+    )
+    command.add_argument("--watch", action="store_true", help="again and again, until runs end")
+    command.add_argument(
+        "--export", type=Path, metavar="DIR", help="also PNG, SVG and CSV, in a new folder"
+    )
 
 
 def _add_evaluation(command: argparse.ArgumentParser) -> None:

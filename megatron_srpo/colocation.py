@@ -10,6 +10,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import psutil
+import torch
+
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.stopwatch import Stopwatch
@@ -31,7 +34,7 @@ class Colocation:
             arrive=lambda name: mesh.store.add(f"{run}/{name}", 1),
             arrived=lambda name: mesh.store.add(f"{run}/{name}", 0),
         )
-        return cls(Stopwatch(), points)
+        return cls(Stopwatch(memory_gib=memory_in_use), points)
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
@@ -62,3 +65,11 @@ class Colocation:
             yield
         finally:
             self._owner = None
+
+
+def memory_in_use() -> float:
+    """GiB: of this process's GPU, whoever holds it; without one, of the process."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    return psutil.Process().memory_info().rss / 2**30

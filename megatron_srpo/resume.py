@@ -148,7 +148,7 @@ def _check_same_replay(replay: Path | None, folder: RunFolder) -> None:
 
 
 def _check_same(before: Config, now: Config, folder: RunFolder) -> None:
-    old, new = _fields(before), _fields(now)
+    old, new = decisive_fields(before), decisive_fields(now)
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise InputError(
@@ -162,7 +162,7 @@ def _kind(folder: RunFolder) -> str:
     return "a finished run" if folder.is_finished else "an unfinished run"
 
 
-def _fields(cfg: Config) -> dict[str, Any]:
+def decisive_fields(cfg: Config) -> dict[str, Any]:
     """Dotted name -> value, of what must not differ."""
     flat: dict[str, Any] = {}
 

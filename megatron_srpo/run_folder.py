@@ -1,4 +1,4 @@
-"""What a run leaves:  config.yaml  metrics.jsonl  log.txt  rollouts/  checkpoints/  hf/
+"""What a run leaves:  config.yaml metrics.jsonl log.txt rollouts/ checkpoints/ hf/ report.html
 
 Who works in it holds a lock on its log.txt, from before anything is written to the end.
 """
@@ -59,6 +59,11 @@ class RunFolder:
     def hf(self) -> Path:
         """The trained policy in Hugging Face format."""
         return self.root / "hf"
+
+    @property
+    def report(self) -> Path:
+        """One page that shows all of it; can be made again at any time."""
+        return self.root / "report.html"
 
     @property
     def wandb_id(self) -> Path:

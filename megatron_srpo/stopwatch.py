@@ -1,10 +1,10 @@
-"""Where does the time go?   Seconds by phase; an inner phase's seconds are not its outer one's."""
+"""Where do time and memory go?   By phase; an inner phase's seconds are not its outer one's."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -30,7 +30,10 @@ class Stopwatch:
     current: str = "other"
     num_signs: int = 0
     """Of life, ever: changes of phase, and ticks."""
+    memory_gib: Callable[[], float] | None = None
+    """What is in use; asked whenever a phase ends or an inner one begins."""
     _seconds: dict[str, float] = field(default_factory=dict)
+    _most_gib: dict[str, float] = field(default_factory=dict)
     _mark: float = field(default_factory=time.perf_counter)
 
     @contextlib.contextmanager
@@ -60,16 +63,22 @@ class Stopwatch:
                 item = next(items, None)
 
     def take(self) -> dict[str, float]:
-        """`time/<phase>_s` since the last call, and `time/step_s`, their sum with all the rest."""
+        """`time/<phase>_s` since the last call, and `time/step_s`, their sum with all the rest; the
+        most that was in use at the ends of a phase, `memory/<phase>_gib`."""
         self._switch(self.current)
         seconds, self._seconds = self._seconds, {}
+        most_gib, self._most_gib = self._most_gib, {}
         total = sum(seconds.values())
         named = {f"time/{name}_s": value for name, value in seconds.items()}
-        return {**named, "time/step_s": total}
+        memory = {f"memory/{name}_gib": value for name, value in most_gib.items()}
+        return {**named, "time/step_s": total, **memory}
 
     def _switch(self, name: str) -> None:
         now = time.perf_counter()
         self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._mark
+        if self.memory_gib is not None:
+            before = self._most_gib.get(self.current, 0.0)
+            self._most_gib[self.current] = max(before, self.memory_gib())
         self._mark, self.current = now, name
         self.num_signs += 1
 

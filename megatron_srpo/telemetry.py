@@ -15,7 +15,8 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +39,10 @@ from megatron_srpo.stopwatch import Stopwatch
 MOST_LINES = 100
 """What a loop prints where no terminal can redraw a line; log.txt has them all."""
 
+BARS = "▁▂▃▄▅▆▇█"
+NUM_BARS = 24
+"""Steps whose pass rate the terminal shows."""
+
 
 class PhaseColumn(ProgressColumn):
     """The phase that runs now, read whenever the terminal is redrawn."""
@@ -57,6 +62,8 @@ class Log(logging.Handler):
     def __init__(self, path: Path) -> None:
         super().__init__(logging.WARNING)
         self._path = path
+        self.last_alarm = ""
+        """The first line of what the package itself warned of last; libraries warn of less."""
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
@@ -64,6 +71,17 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.write(self.format(record) + "\n")
+        if record.name.startswith("megatron_srpo"):
+            self.last_alarm = record.getMessage().partition("\n")[0]
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Shares as bars.
+
+    >>> sparkline([0.0, 0.5, 1.0])
+    '▁▅█'
+    """
+    return "".join(BARS[min(int(value * len(BARS)), len(BARS) - 1)] for value in values)
 
 
 class Telemetry:
@@ -84,6 +102,7 @@ class Telemetry:
         self._folder, self._cfg, self._name = folder, cfg, name
         self._num_steps, self._stopwatch = num_steps, stopwatch
         self._began = time.perf_counter()
+        self._pass_rates: deque[float] = deque(maxlen=NUM_BARS)
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Telemetry:
@@ -98,13 +117,17 @@ class Telemetry:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             PhaseColumn(self._stopwatch),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.fields[pass_rates]}", style="green", markup=False),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[alarm]}", style="yellow", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
         self._exits.enter_context(self._progress)
-        self._task = self._progress.add_task("", total=self._num_steps, completed=self._first_step)
+        self._task = self._progress.add_task(
+            "", total=self._num_steps, completed=self._first_step, pass_rates="", alarm=""
+        )
         self._wandb = self._start_wandb() if self._cfg.wandb else None
         self._board = self._start_tensorboard() if self._cfg.tensorboard else None
         return self
@@ -160,7 +183,15 @@ class Telemetry:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
         done = min(step + 1, self._num_steps)
-        self._progress.update(self._task, completed=done, description=summary)
+        if "pass_rate/base" in metrics:
+            self._pass_rates.append(metrics["pass_rate/base"])
+        self._progress.update(
+            self._task,
+            completed=done,
+            description=summary,
+            pass_rates=sparkline(self._pass_rates),
+            alarm=self._log.last_alarm,
+        )
         per_step = (time.perf_counter() - self._began) / max(1, done - self._first_step)
         left = per_step * (self._num_steps - done)
         line = f"{self._name} {done}/{self._num_steps}  {summary}  {left:.0f} s left"

@@ -75,6 +75,8 @@ def tests_of(file: str) -> list[str]:
     names = [own, "algorithm", "cases", "rollouts"] if own in ALGORITHM else [own]
     if file.startswith("engines/megatron/"):
         names += ["families", "convert"]
+    if file.startswith("report/"):
+        names = ["report"]
     if file.startswith("../tools/prepare"):
         names = ["prepare_data", "prepare_sets"]
     names += [tests for tests, files in TESTED_TOGETHER.items() if own in files]

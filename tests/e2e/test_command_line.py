@@ -146,6 +146,7 @@ def test_the_exported_folder_is_the_trained_policy(folder: Path) -> None:
         "hf",
         "log.txt",
         "metrics.jsonl",
+        "report.html",
         "rollouts",
     }
     assert {"tokenizer.json", "config.json", "generation_config.json"} <= {

@@ -22,7 +22,7 @@ LEVELS = (
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate held_out "
     "eval_table evaluate_model compare exchange replica export inputs sft assembly train "
-    "checkpoints resume convert verify submit",
+    "checkpoints resume convert verify submit report",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
