@@ -108,14 +108,14 @@ def _evaluate(arguments: argparse.Namespace, cfg: Config, num_processes: int) ->
         cfg, num_processes=num_processes, out=arguments.out, is_stored=arguments.ckpt is None
     )
     if arguments.show is not None:
-        _show(inputs, arguments.show)
+        _show_prompts(inputs, arguments.show)
         return
     from megatron_srpo.evaluate_model import evaluate_model
 
     evaluate_model(cfg, inputs, out=arguments.out, checkpoint=arguments.ckpt)
 
 
-def _show(inputs: EvalInputs, number: int) -> None:
+def _show_prompts(inputs: EvalInputs, number: int) -> None:
     longest = max(len(held_out.prompts) for held_out in inputs.sets)
     if number > longest:
         raise InputError(f"--show {number}: the largest set has {longest} prompts")
