@@ -61,7 +61,9 @@ class Worker:
             raise StartError(f"no process could be started: {error}") from error
         self.end = weakref.finalize(self, _kill, self._process, self._channel, os.getpid())
         """Ends the process with all of its group: what began a session of its own lives on."""
-        self._is_started, self._unsent = False, b""
+        self.is_started = False
+        """It can be asked, and may be fast."""
+        self._unsent = b""
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + START_S
 
     def fileno(self) -> int:
@@ -72,7 +74,7 @@ class Worker:
         """Of a process that has answered, or that has not been asked yet: then its time begins when
         it has started."""
         item = packed_item(prompt, response)
-        if self._is_started:
+        if self.is_started:
             self._begin(item)
         elif len(item) > NUM_BUFFERED:
             self._unsent = item
@@ -101,7 +103,7 @@ class Worker:
         if isinstance(said, RewardRaisedError):
             raise said
         if said is None:
-            self._is_started = True
+            self.is_started = True
             self._begin(self._unsent)
         return said
 
@@ -114,7 +116,7 @@ class Worker:
             raise self._lost(self._ending())
         if time.monotonic() >= self._deadline:
             self.end()
-            limit_s = self._timeout_s if self._is_started else START_S
+            limit_s = self._timeout_s if self.is_started else START_S
             raise self._lost(f"took longer than {limit_s:g} s")
 
     @property
@@ -131,7 +133,7 @@ class Worker:
 
     def _lost(self, what: str) -> Exception:
         """Before it has started, that is no item's doing: none would get a verdict."""
-        if self._is_started:
+        if self.is_started:
             return LostError(what)
         return StartError(f"its process {what} before it was asked")
 

@@ -22,7 +22,7 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """Processes of one reward. They start when all others are busy, and stay."""
+    """Processes of one reward. One starts when all others are busy, and stays."""
 
     start: Callable[[], Worker]
     role: str
@@ -108,7 +108,9 @@ class Round:
 
     @property
     def _may_start(self) -> bool:
-        return len(self._busy) < self._workers.num_workers
+        """One after another: a reward that is fast needs no second one, which shows only then."""
+        workers = [worker for worker, _ in self._busy.values()]
+        return len(workers) < self._workers.num_workers and all(w.is_started for w in workers)
 
     def _give(self, task: _Task) -> None:
         """To an idle process; one that has died meanwhile costs nobody an attempt."""
