@@ -75,7 +75,7 @@ def test_a_prompt_opens_as_the_tree_of_its_rollouts(run: Path, opened: Opened):
     page = opened(run / "report.html")
     tree = next(tree for tree in recorded(run, 1) if any(b.suffixes for b in tree.branches))
     seed = next(branch for branch in tree.branches if branch.suffixes)
-    page.click(f".row:has-text('{tree.prompt.id}')")
+    page.click(f".row:has(b:text-is('{tree.prompt.id}'))")
     shown = page.locator("#detail [role=tree] > .branch")
     assert shown.count() == len(tree.branches)
     first = shown.first
@@ -113,7 +113,7 @@ def test_hovering_a_token_says_its_credit(run: Path, opened: Opened):
         if suffix.rollout.num_copied and suffix.group.has_signal
     )
     page.select_option("#step", str(step))
-    page.click(f".row:has-text('{tree.prompt.id}')")
+    page.click(f".row:has(b:text-is('{tree.prompt.id}'))")
     drawn = page.locator(".branch .branch").filter(
         has=page.locator(f"code:text-is('{branch.name}')")
     )
