@@ -90,7 +90,7 @@ def _linear_logprob(
         targets = targets_N - first_id - start
         rows.functions_for(logits_NC).absorb(stats_4N, logits_NC, targets, temperature_N)
         del logits_NC  # or the next chunk would be made beside it
-    return rows.whole(stats_4N, group_name)
+    return rows.whole(stats_4N, temperature_N, group_name)
 
 
 @_linear_logprob.register_fake

@@ -125,7 +125,8 @@ def _linear_policy_loss(
         hidden_BH, temperature_B = hidden_NH[here], temperature_N[here]
         targets_B = targets_N[here] - first_id
         logits, stats_4B = _logits(hidden_BH, pieces, targets_B, temperature_B)
-        logprob_N[here], entropy_N[here], softmax_3B = rows.whole(stats_4B, group_name)
+        whole = rows.whole(stats_4B, temperature_B, group_name)
+        logprob_N[here], entropy_N[here], softmax_3B = whole
         block_loss, slope_B, block_totals_K = torch.ops.megatron_srpo.policy_loss(
             logprob_N[here], *(x if x is None else x[here] for x in known), cu_seqlens, *how
         )
