@@ -6,6 +6,8 @@ all that was chosen of it; with nothing chosen it writes zeros without reading.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,8 @@ def gradients(
         return by_logits_TV
     order_N = torch.argsort(rows_N, stable=True)
     every_row = torch.arange(num_rows + 1, device=rows_N.device)
-    _gradients[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK.value))](
+    launch: Any = _gradients[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK.value))]
+    launch(
         by_logits_TV,
         logits_TV,
         order_N,

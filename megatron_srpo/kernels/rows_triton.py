@@ -8,6 +8,8 @@ give the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -65,7 +67,8 @@ def gradients(
     num_rows, num_columns = logits_NC.shape
     out_NC = logits_NC if logits_NC.dtype == dtype else torch.empty_like(logits_NC, dtype=dtype)
     if num_rows:
-        _gradients[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK.value))](
+        launch: Any = _gradients[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK.value))]
+        launch(
             out_NC,
             logits_NC,
             targets_N,

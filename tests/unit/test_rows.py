@@ -27,8 +27,10 @@ def shard_statistics(case: Case, bounds: list[int]) -> Tensor:
 @pytest.mark.parametrize("bounds", [[0, 17], [0, 5, 17], [0, 1, 2, 17], [0, 0, 9, 17, 17]])
 def test_shards_of_any_size_merge_to_the_whole_vocabulary(bounds: list[int]):
     case = drawn(6, 17)
-    m, s, u, t = rows.merged(shard_statistics(case, bounds), case[3])
-    assert_same(((t - m) / case[3] - s.log(), s.log() - u / s), written_out(case))
+    logprob, entropy, softmax = rows.concluded(shard_statistics(case, bounds), case[3])
+    assert_same((logprob, entropy), written_out(case))
+    log_sum = ((case[0] @ case[1].T) - softmax[0][:, None]).div(case[3][:, None]).logsumexp(1)
+    assert_same(softmax[1:], (log_sum, entropy))
 
 
 def test_a_shard_of_nothing_but_minus_infinity_adds_nothing():
