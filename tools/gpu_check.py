@@ -1,10 +1,11 @@
 """Does what was written without a GPU hold on one?   parts, each of them minutes
 
-    python tools/gpu_check.py kernels [--only TEXT] [--out DIR] [--device cpu] [--budget-s 450]
+    python tools/gpu_check.py kernels [--only TEXT] [--out DIR] [--device cpu] [--budget-s 420]
 
-Writes DIR/PART.json (by default benchmarks/<name of the GPU>/): device, versions, commit, and every
-result: pass, fail or not_run, with its numbers, its bounds and its reason. `--only` runs what has
-TEXT in its name. What the budget has no time for is not_run. Without a GPU the same checks run in a
+Writes DIR/PART.json (by default benchmarks/<name of the GPU>/), anew after each task: device,
+versions, commit, and every result: pass, fail or not_run, with its numbers, its bounds and its
+reason. `--only` runs what has TEXT in its name. What the budget has no time for is not_run, and so
+is what comes after an error that costs the process its GPU. Without a GPU the same checks run in a
 small size, nothing is timed, and nothing is written unless DIR is given. Exit code 1: something
 failed.
 
@@ -22,6 +23,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # run from a bare checkout, nothing installed
 import torch  # noqa: E402
 
 from tools.gpu import kernels  # noqa: E402
-from tools.gpu.result import Result, not_run, run_check  # noqa: E402
+from tools.gpu.result import Result, is_lost, not_run, run_check  # noqa: E402
 
 PARTS = {"kernels": kernels.tasks}
 LIBRARIES = (
@@ -52,45 +54,67 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="part of a name")
     parser.add_argument("--out", type=Path, help="folder of the report")
     parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--budget-s", type=float, default=450.0)
+    parser.add_argument("--budget-s", type=float, default=420.0)
     options = parser.parse_args(arguments)
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
     start = time.monotonic()
-    results = run(options.part, device, only=options.only, budget_s=options.budget_s)
-    report = {
+    out = options.out or (ROOT / "benchmarks" / folder_name(device) if kind == "cuda" else None)
+    known = {
         "command": " ".join(["python", *sys.argv]) if arguments is None else "",
         "commit": commit(),
         **machine(device),
-        "seconds": round(time.monotonic() - start, 1),
-        "counts": {s: sum(r.status == s for r in results) for s in ("pass", "fail", "not_run")},
-        "results": [asdict(result) for result in results],
     }
-    out = options.out or (ROOT / "benchmarks" / folder_name(device) if kind == "cuda" else None)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{options.part}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["counts"]))
-    return int(report["counts"]["fail"] > 0)
+
+    def save(results: list[Result]) -> None:
+        report = known | {
+            "seconds": round(time.monotonic() - start, 1),
+            "counts": counts(results),
+            "results": [asdict(result) for result in results],
+        }
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{options.part}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    results = run(options.part, device, only=options.only, budget_s=options.budget_s, save=save)
+    print(json.dumps(counts(results)))
+    return int(counts(results)["fail"] > 0)
 
 
-def run(part: str, device: torch.device, *, only: str, budget_s: float) -> list[Result]:
-    """Prints each as it comes."""
+def counts(results: list[Result]) -> dict[str, int]:
+    """Of each status."""
+    return {s: sum(r.status == s for r in results) for s in ("pass", "fail", "not_run")}
+
+
+def run(
+    part: str,
+    device: torch.device,
+    *,
+    only: str,
+    budget_s: float,
+    save: Callable[[list[Result]], None] = lambda results: None,
+) -> list[Result]:
+    """Prints each as it comes, and saves all so far: what follows may end the process."""
     deadline = time.monotonic() + budget_s
     results: list[Result] = []
-    for name, task in PARTS[part](device):
+    culprit = ""
+    for name, task in PARTS[part](device, deadline):
         if only not in name:
             continue
-        if time.monotonic() > deadline:
+        if culprit:
+            found = [not_run(name, f"device lost by {culprit}")]
+        elif time.monotonic() > deadline:
             found = [not_run(name, f"the budget of {budget_s:g} s was spent")]
         else:
             found = settled(name, task)
+            culprit = name if is_lost(device) else ""
         for result in found:
             numbers = ", ".join(f"{key} {value:.4g}" for key, value in result.numbers.items())
             print(
                 f"{result.status:7} {result.name}: {numbers} {result.reason}".rstrip(), flush=True
             )
         results += found
+        save(results)
     return results
 
 

@@ -154,6 +154,7 @@ def launch_everything() -> None:
         fp32_logits = torch.zeros(num_rows, vocab)
         rows_triton.absorb(stats, fp32_logits, row_ids_N, row_N)
         rows_triton.gradients(fp32_logits, row_ids_N, row_N, softmax, outputs, dtype)
+    rows_triton.concluded(stats[None], row_N)
     totals_K = torch.zeros(len(TOTALS), dtype=torch.float64)
     for surrogate, importance, other in (
         ("reinforce", "none", None),

@@ -89,7 +89,8 @@ def _linear_logprob(
         logits_NC = product(hidden_NH, weight_CH.T)
         targets = targets_N - first_id - start
         rows.functions_for(logits_NC).absorb(stats_4N, logits_NC, targets, temperature_N)
-    return rows.whole(stats_4N, group_name)
+        del logits_NC  # or the next chunk would be made beside it
+    return rows.whole(stats_4N, temperature_N, group_name)
 
 
 @_linear_logprob.register_fake
@@ -115,7 +116,7 @@ def _backward(
     first_id: int,
     num_real: int,
     chunk: int,
-    main_grad_VH: Tensor | None = None,
+    main_grad_VH: Tensor | None,  # without a default, which torch 2.11 does not find: IndexError
 ) -> tuple[Tensor, Tensor]:
     """d loss / d hidden states, through this rank's columns, and / d weight"""
     temperature_N = temperature_N.to(softmax_3N.dtype).contiguous()
@@ -132,12 +133,14 @@ def _backward(
             by_output_2N,
             weight_VH.dtype,
         )
+        del logits_NC  # each is gone before the next large tensor is made
         add_product(by_hidden_NH, by_logits_NC, weight_CH)
         here = slice(start, start + len(weight_CH))
         if main_grad_VH is None:
             write_product(by_weight_VH[here], by_logits_NC.T, hidden_NH)
         else:
             add_product(main_grad_VH[here], by_logits_NC.T, hidden_NH)
+        del by_logits_NC
     return by_hidden_NH.to(hidden_NH.dtype), by_weight_VH
 
 

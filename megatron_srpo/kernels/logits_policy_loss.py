@@ -222,7 +222,8 @@ def launch(
     by_logits_TV = logits_TV.new_empty(logits_TV.shape)
     logprob_T, entropy_T = (torch.empty_like(temperature_T) for _ in range(2))
     floats = (temperature_T, *per_token)
-    kept = [target_ids_T.contiguous(), *(None if x is None else _floats(x) for x in floats)]
+    targets_T = target_ids_T.to(torch.int64).contiguous()
+    kept = [targets_T, *(None if x is None else _floats(x) for x in floats)]
     everything = (*kept, logprob_T, entropy_T, logits_TV, by_logits_TV)
     surrogate, importance, clip_low, clip_high, kl_coef, cap, denominator = how
     arguments = CudaArguments(

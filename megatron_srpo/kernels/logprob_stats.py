@@ -70,7 +70,7 @@ def _logprob_stats(
         logits_TC = logits_TV[:, start : min(start + CHUNK, num_real)]
         logits_NC = logits_TC.index_select(0, rows_N).to(temperature_N.dtype)
         rows.absorb(stats_4N, logits_NC, targets_N - first_id - start, temperature_N)
-    return rows.whole(stats_4N, group_name)
+    return rows.whole(stats_4N, temperature_N, group_name)
 
 
 @_logprob_stats.register_kernel("cuda")
@@ -89,7 +89,7 @@ def _(
     stats_4N = rows.nothing_seen(len(rows_N), like=temperature_N)
     real_TV, targets_N = logits_TV[:, :num_real], (targets_N - first_id).contiguous()
     rows_triton.absorb_chosen(stats_4N, real_TV, rows_N.contiguous(), targets_N, temperature_N)
-    return rows.whole(stats_4N, group_name)
+    return rows.whole(stats_4N, temperature_N, group_name)
 
 
 @_logprob_stats.register_fake

@@ -6,12 +6,14 @@ all that was chosen of it; with nothing chosen it writes zeros without reading.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_srpo.kernels.rows_triton import BLOCK, by_z
+from megatron_srpo.kernels.rows_triton import GRADIENT_BLOCK, GRADIENT_WARPS, by_logits
 
 
 def gradients(
@@ -32,7 +34,8 @@ def gradients(
         return by_logits_TV
     order_N = torch.argsort(rows_N, stable=True)
     every_row = torch.arange(num_rows + 1, device=rows_N.device)
-    _gradients[(num_rows, triton.cdiv(num_columns, BLOCK.value))](
+    launch: Any = _gradients[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK.value))]
+    launch(
         by_logits_TV,
         logits_TV,
         order_N,
@@ -45,6 +48,7 @@ def gradients(
         num_columns,
         num_real,
         logits_TV.stride(0),
+        num_warps=GRADIENT_WARPS,
     )
     return by_logits_TV
 
@@ -65,25 +69,24 @@ def _gradients(
     row_stride,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * GRADIENT_BLOCK + tl.arange(0, GRADIENT_BLOCK)
     dtype = softmax_ptr.dtype.element_ty
     start = tl.load(starts_ptr + row)
     end = tl.load(starts_ptr + row + 1)
     is_read = column < tl.where(end > start, num_real, 0)
     logits = tl.load(logits_ptr + row * row_stride + column, mask=is_read, other=0.0).to(dtype)
-    total = tl.zeros((BLOCK,), dtype)
+    total = tl.zeros((GRADIENT_BLOCK,), dtype)
     for position in range(start, end):
         chosen = tl.load(order_ptr + position)
-        temperature = tl.load(temperature_ptr + chosen)
-        found = by_z(
-            logits / temperature,
+        total += by_logits(
+            logits,
             column == tl.load(targets_ptr + chosen),
+            tl.load(temperature_ptr + chosen),
             tl.load(softmax_ptr + chosen),
             tl.load(softmax_ptr + num_chosen + chosen),
             tl.load(softmax_ptr + 2 * num_chosen + chosen),
             tl.load(by_output_ptr + chosen),
             tl.load(by_output_ptr + num_chosen + chosen),
         )
-        total += found / temperature
     out = tl.where(column < num_real, total, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * num_columns + column, out, mask=column < num_columns)

@@ -14,25 +14,37 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 FLAGS = ("-O3", "-std=c++17", "-ftz=true", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static")
 
 
+DEFAULT_HOME = "/usr/local/cuda"
+
+
 def find_nvcc() -> str | None:
-    """The compiler on the PATH, or under CUDA_HOME; None: there is none."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    """The compiler on the PATH, under CUDA_HOME, or where CUDA is installed by default."""
+    homes = os.environ.get("CUDA_HOME"), DEFAULT_HOME
+    folders = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 @functools.cache
 def load(source: Path, arch: str) -> ctypes.CDLL | None:
     """The library of `source` for `arch` ("90a": code for sm_90a alone), built at its first use.
 
-    None without nvcc. Raises `RuntimeError` with nvcc's own words if it refuses.
+    None without nvcc, and, after a warning with its own words, if it refuses: it may lack a
+    compiler for the host, or not know `arch`.
     """
     nvcc = find_nvcc()
-    return ctypes.CDLL(str(build(source, arch, nvcc, cache_folder()))) if nvcc else None
+    if nvcc is None:
+        return None
+    try:
+        return ctypes.CDLL(str(build(source, arch, nvcc, cache_folder())))
+    except (RuntimeError, OSError) as refusal:
+        warnings.warn(f"{source.name} is done without: {refusal}", stacklevel=2)
+        return None
 
 
 def cache_folder() -> Path:
@@ -42,9 +54,10 @@ def cache_folder() -> Path:
 
 
 def build(source: Path, arch: str, nvcc: str, folder: Path) -> Path:
-    """The library in `folder`, named after all that it depends on; processes may race for it."""
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    told = source.read_text(), arch, version, *FLAGS
+    """The library in `folder`, named after all that it depends on; processes may race for it.
+    Raises `RuntimeError` with nvcc's own words if it refuses."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    told = source.read_text(), arch, version.stdout, *FLAGS
     digest = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
     library = folder / f"{source.stem}.sm_{arch}.{digest}.so"
     if not library.exists():

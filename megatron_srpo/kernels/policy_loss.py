@@ -32,8 +32,10 @@ MEANS = (
 )
 """Over sampled tokens; the operation gives sums."""
 MAXIMA = ("mismatch/logprob_abs_max", "loss/ratio_max")
-TOTALS: tuple[str, ...] = (*PLAIN, *MEANS, *MAXIMA)
-"""What the K numbers are that come out, in float64; 0 where the loss has no such part."""
+ZERO = "0"
+TOTALS: tuple[str, ...] = (*PLAIN, *MEANS, *MAXIMA, ZERO)
+"""What the K numbers are that come out, in float64; 0 where the loss has no such part. The last is
+always 0: what counters divide sums by that are no means; making one would be a launch."""
 
 
 def policy_loss(
@@ -69,7 +71,7 @@ def arguments(tokens: TokenTensors, cfg: LossConfig, denominator: float) -> tupl
 def counters(totals_K: Tensor, cfg: LossConfig) -> Counters:
     """With their names, those that `cfg` makes worth watching."""
     total = dict(zip(TOTALS, totals_K.unbind(), strict=True))
-    count, zero = total["tokens/trained"], torch.zeros_like(total["loss"])
+    count, zero = total["tokens/trained"], total[ZERO]
     means = [name for name in MEANS if _is_watched(name, cfg)]
     return Counters(
         quotients={name: (total[name], zero) for name in PLAIN}

@@ -254,6 +254,7 @@ def _mismatch(totals_ptr, logprob_ptr, loss_weight_ptr, rollout_ptr, old_ptr, nu
     tl.store(totals_ptr + 6, tl.sum(weight_sum, 0))
     tl.store(totals_ptr + 7, tl.sum(square_sum, 0))
     tl.store(totals_ptr + 12, _largest(abs_max))
+    tl.store(totals_ptr + 14, 0.0)
 
 
 @triton.jit

@@ -38,6 +38,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Rounded once, where `total` is."""
     if left.dtype == total.dtype == wide(left):
         total.addmm_(left, right)
+    elif left.is_cuda and total.dtype == wide(left):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # no product beside it
     else:
         total += product(left, right)
 

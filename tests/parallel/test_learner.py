@@ -12,6 +12,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.batching import pack
 from megatron_srpo.data import demonstration_sample
+from megatron_srpo.engines.megatron.forward import Forward
 from megatron_srpo.engines.megatron.logprobs import (
     HEADS,
     Head,
@@ -168,22 +169,21 @@ def test_tokens_that_the_loss_does_not_want_have_no_gradient(mesh: Mesh) -> None
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_s_gradient_is_the_same_if_it_goes_right_to_megatron_s_buffer(
-    mesh: Mesh, tmp_path: Path, tied: bool
+    mesh: Mesh, tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_policy(tmp_path / "policy", seed=7, tied=tied)
     gradients: list[dict[str, torch.Tensor]] = []
     returned: list[torch.Tensor] = []
-    for is_fused in (False, True):
+    for goes_there in (False, True):
         learner = build_learner(folder, mesh)
-        learner.modules[0].config.gradient_accumulation_fusion = is_fused
-        learner._forward._head_weight.register_hook(returned.append)
-        learner.backward(
-            exchange(
-                random_samples(NUM_SAMPLES, seed=1),
-                mesh,
-                layout=PackLayout.on(mesh, max_tokens=100),
-            )
-        )
+        weight = learner._forward._head_weight
+        weight.register_hook(returned.append)
+        layout = PackLayout.on(mesh, max_tokens=100)
+        with monkeypatch.context() as patch:
+            if not goes_there:
+                patch.setattr(Forward, "_main_grad", None)
+            learner.backward(exchange(random_samples(NUM_SAMPLES, seed=1), mesh, layout=layout))
+        assert vars(weight)["grad_added_to_main_grad"] == goes_there
         gradients.append(hf_gradients(learner, mesh))
     right, found = gradients
     for name, gradient in right.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,3 +66,21 @@ def gradients(found: tuple[Tensor, Tensor], to: Sequence[Tensor]) -> tuple[Tenso
     logprob, entropy = found
     factor = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
     return torch.autograd.grad((logprob * factor).sum() + (entropy * factor.cos()).sum(), to)
+
+
+def alive_products(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> tuple[list[weakref.ref[Tensor]], list[int]]:
+    """The logits that a module makes, and how many are there whenever there is one more."""
+    made: list[weakref.ref[Tensor]] = []
+    numbers: list[int] = []
+    product = module.product
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        out = product(left, right)
+        made.append(weakref.ref(out))
+        numbers.append(sum(one() is not None for one in made))
+        return out
+
+    monkeypatch.setattr(module, "product", counted)
+    return made, numbers

@@ -49,7 +49,7 @@ def interpreted(case: Chosen, num_real: int, shards: Sequence[int]) -> tuple[Ten
             rows_triton.absorb_chosen(stats, real, chosen, targets - first, temperature)
         parts.append(stats)
         first += width
-    logprob, entropy, softmax = rows.whole(rows.merged(torch.stack(parts)), "")
+    logprob, entropy, softmax = rows_triton.concluded(torch.stack(parts), temperature)
     factor = torch.linspace(-1, 2, len(chosen), dtype=softmax.dtype)
     by_output = torch.stack([factor, factor.cos()])
     by_logits = logprob_stats_triton.gradients(

@@ -87,7 +87,38 @@ def test_gradients_are_those_of_torch(num_columns: int, out: torch.dtype):
     torch.testing.assert_close(found, right, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 300])
+def test_what_parts_say_together_is_that_of_torch(
+    num_rows: int, num_parts: int, dtype: torch.dtype
+):
+    parts: list[Tensor] = []
+    logits, targets, temperature = drawn(num_rows, 7 * num_parts, dtype)
+    logits[::5] *= 1e30
+    logits[::7, :7] = -INF
+    for part, columns in enumerate(logits.split(7, 1)):
+        stats = rows.nothing_seen(num_rows, like=temperature)
+        rows.absorb(stats, columns, targets - 7 * part, temperature)
+        parts.append(stats)
+    both = torch.stack(parts)
+    right, found = (f.concluded(both, temperature) for f in (rows, rows_triton))
+    for one, other in zip(found, right, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_nan_of_one_part_does_not_hide_and_is_that_row_s():
+    both = torch.zeros(2, 4, 3)
+    both[:, 1] = 1
+    both[1, :3, 1] = torch.nan
+    logprob, entropy, _ = rows_triton.concluded(both, torch.ones(3))
+    assert logprob.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+
+
 def test_no_rows_are_no_work():
+    nothing = torch.zeros(1, 4, 0), torch.zeros(0)
+    assert [len(x) for x in rows_triton.concluded(*nothing)] == [0, 0, 3]
     logits, targets, temperature = drawn(0, 5, torch.float32)
     stats = rows.nothing_seen(0, like=temperature)
     rows_triton.absorb(stats, logits, targets, temperature)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,8 @@ import pytest
 import torch
 
 from tools import gpu_check
-from tools.gpu import inputs, kernel_speed, rivals
-from tools.gpu.result import NotRun, judged, run_check
+from tools.gpu import inputs, kernel_speed, rivals, sanitizer
+from tools.gpu.result import NotRun, Result, judged, run_check
 from tools.gpu.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +51,11 @@ def test_a_number_over_its_bound_or_not_a_number_fails():
     assert judged("x", {}, {"error": 1.0}).status == "fail"
 
 
-def test_a_check_that_breaks_has_failed_and_one_that_lacks_something_was_not_run():
-    def broken() -> Any:
-        raise RuntimeError("an illegal instruction")
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("an illegal instruction")
 
+
+def test_a_check_that_breaks_has_failed_and_one_that_lacks_something_was_not_run():
     def lacking() -> Any:
         raise NotRun("no nvcc")
 
@@ -90,6 +94,60 @@ def test_every_work_that_is_timed_runs_and_is_compared_with_its_floor(
     assert half.status == "fail" and half.numbers["of_all_rows"] == 1
 
 
+def test_a_work_that_breaks_fails_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_speed, "measure", one_call)
+    monkeypatch.setattr(kernel_speed, "linear_logprob", broken)
+    found = {r.name.split(", ", 2)[2]: r for r in kernel_speed.speed(SMOKE, CPU)}
+    assert found["head backward"].status == "fail" and "illegal" in found["head backward"].reason
+    assert found["head both ways, 1 of the rows"].status == "fail"
+    assert found["one pass"].status == "pass" and found["logits forward"].numbers["ratio"] == 6.4
+
+
+def test_what_follows_the_loss_of_the_device_is_not_run_and_results_are_saved_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    ran: list[str] = []
+    names = ["right", "wrong", "late", "later"]
+
+    def task(name: str) -> list[Result]:
+        ran.append(name)
+        return [judged(name, {})]
+
+    monkeypatch.setitem(
+        gpu_check.PARTS, "kernels", lambda *_: ((name, partial(task, name)) for name in names)
+    )
+    monkeypatch.setattr(gpu_check, "is_lost", lambda device: ran[-1] == "wrong")
+    saved: list[int] = []
+    found = gpu_check.run(
+        "kernels", CPU, only="", budget_s=60, save=lambda results: saved.append(len(results))
+    )
+    assert ran == ["right", "wrong"] and saved == [1, 2, 3, 4]
+    assert [r.reason for r in found] == ["", "", *["device lost by wrong"] * 2]
+    monkeypatch.setattr(kernel_speed, "is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="x: an illegal instruction"):
+        kernel_speed.failures({"x": broken, "y": broken}, "", CPU)
+
+
+def test_the_sanitizer_looks_at_the_cuda_kernel_alone_for_as_long_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    device, binary = torch.device("cuda"), tmp_path / "compute-sanitizer"
+    binary.write_text('#!/bin/sh\necho "$@" $PYTORCH_NO_CUDA_MEMORY_CACHING >&2\nexit 9')
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sanitizer, "what_lacks", lambda device, binary: "")
+    monkeypatch.setattr(sanitizer, "PROGRAM", "the program")
+    (found,) = sanitizer.sanitized("racecheck", device, time.monotonic() + 60)
+    assert found.status == "fail"
+    assert found.reason.startswith(
+        "--tool racecheck --kernel-regex kns=logits_policy_loss --report-api-errors no"
+    )
+    assert found.reason.endswith("-c the program 1")
+    binary.write_text("#!/bin/sh\nexec sleep 60")
+    (found,) = sanitizer.sanitized("racecheck", device, time.monotonic())
+    assert found.status == "not_run" and found.reason == "not done in 1 s"
+
+
 def test_launches_and_microseconds_have_bounds(monkeypatch: pytest.MonkeyPatch):
     def two_launches(work: Any) -> tuple[int, float]:
         work()
@@ -107,11 +165,23 @@ def test_rivals_that_are_not_here_are_not_run_and_those_that_are_have_an_error(
         name: rivals.RIVALS[name] for name in ("torch eager", "quack chunked linear cross entropy")
     }
     monkeypatch.setattr(kernel_speed, "RIVALS", kept)
-    found = {r.name.split(", ")[2]: r for r in kernel_speed.rivals(SMOKE, CPU)}
+    found = {r.name.split(", ")[2]: r for r in kernel_speed.rivals(SMOKE, CPU, math.inf)}
     assert found["ours"].numbers["error_nats"] < 5e-6
     assert found["torch eager"].numbers["error_nats"] < 0.05
     assert found["quack chunked linear cross entropy"].status == "not_run"
     assert "quack" in found["quack chunked linear cross entropy"].reason
+
+
+def test_ours_that_breaks_has_failed_and_no_rival_begins_after_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(kernel_speed, "measure", one_call)
+    monkeypatch.setattr(kernel_speed, "linear_logprob", broken)
+    monkeypatch.setattr(kernel_speed, "RIVALS", {"torch eager": lambda: broken})
+    status = {r.name.split(", ")[2]: r.status for r in kernel_speed.rivals(SMOKE, CPU, math.inf)}
+    assert status == {"ours": "fail", "torch eager": "not_run"}
+    late = kernel_speed.rivals(SMOKE, CPU, 0.0)
+    assert {(r.status, r.reason) for r in late} == {("not_run", "the budget was spent")}
 
 
 def test_documents_claim_no_speed_that_no_gpu_has_shown():

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_srpo.kernels import linear_logprob as linear_logprob_module
 from megatron_srpo.kernels.linear_logprob import linear_logprob
-from tests.unit.head_cases import Case, assert_same, drawn, gradients, written_out
+from tests.unit.head_cases import (
+    Case,
+    alive_products,
+    assert_same,
+    drawn,
+    gradients,
+    written_out,
+)
 
 OP: Any = torch.ops.megatron_srpo.linear_logprob
 
@@ -125,6 +133,24 @@ def test_a_gradient_that_is_added_to_what_is_there_is_registered_as_torch_wants_
     backward: Any = torch.ops.megatron_srpo.linear_logprob_backward
     outcome = torch.library.opcheck(backward, (*tensors, 0, 9, 4, torch.zeros_like(weight)))
     assert set(outcome.values()) == {"SUCCESS"}
+
+
+def test_what_the_operation_writes_to_has_no_default():
+    """The dispatcher strips arguments that equal their defaults, and torch 2.11 then looks for
+    the one that changes: `IndexError` in every backward pass."""
+    backward: Any = torch.ops.megatron_srpo.linear_logprob_backward
+    written = [a for a in backward.default._schema.arguments if a.is_write]
+    assert [a.name for a in written] == ["main_grad_VH"]
+    assert not written[0].has_default_value()
+
+
+def test_one_chunk_of_logits_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    alive, most = alive_products(monkeypatch, linear_logprob_module)
+    hidden, weight, targets, temperature = drawn(6, 37, dtype=torch.bfloat16)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    found = linear_logprob(*inputs, targets, temperature=temperature.float(), chunk=7)
+    gradients(found, inputs)
+    assert len(alive) == 12 and max(most) == 1
 
 
 def test_no_rows_give_no_values_and_gradients_of_zero():

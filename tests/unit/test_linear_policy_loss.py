@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config_sections import LossConfig
+from megatron_srpo.kernels import linear_policy_loss as linear_policy_loss_module
+from megatron_srpo.kernels import rows
 from megatron_srpo.kernels.linear_logprob import linear_logprob
 from megatron_srpo.kernels.linear_policy_loss import linear_policy_loss
 from megatron_srpo.loss import Counters, TokenTensors, policy_loss
-from tests.unit.head_cases import Case, assert_same, drawn, written_out
+from tests.unit.head_cases import Case, alive_products, assert_same, drawn, written_out
 from tests.unit.loss_cases import LOSSES, SEPARABLE, assert_same_counters, in_fp32, nothing
 from tests.unit.test_loss import drawn as drawn_tokens
 
@@ -83,6 +85,26 @@ def test_every_separable_loss_is_that_of_head_and_loss_in_turn(cfg: LossConfig):
 def test_neither_blocks_nor_chunks_change_anything(vocab: int, block: int, chunk: int):
     workspace = rows_of(block, vocab)
     assert_right(problem(10, vocab), LOSSES["everything"], workspace=workspace, chunk=chunk)
+
+
+def test_the_logits_of_one_block_are_there_at_a_time_and_blocks_are_equal(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    made, numbers = alive_products(monkeypatch, linear_policy_loss_module)
+    case, tokens = problem(8, 37)
+    case[0].requires_grad_()
+    one_pass(case, tokens, LOSSES["ppo"], workspace=rows_of(7, 37), chunk=10)
+    assert numbers == [1, 2, 3, 4] * 2 and not any(one() is not None for one in made)
+    sizes: list[int] = []
+    absorb = rows.absorb
+
+    def measured(stats: Tensor, logits: Tensor, *others: Tensor) -> None:
+        sizes.append(len(logits))
+        absorb(stats, logits, *others)
+
+    monkeypatch.setattr(rows, "absorb", measured)
+    one_pass(case, tokens, LOSSES["ppo"], workspace=rows_of(7, 37))
+    assert sizes == [4, 4]
 
 
 def test_a_workspace_too_small_for_a_row_has_room_for_one():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,13 @@ def test_rows_of_logits_may_lie_apart(library: ctypes.CDLL):
         assert all(torch.equal(found[key], right[key]) for key in right)
 
 
+def test_targets_of_the_cuda_kernel_may_have_32_bits(library: ctypes.CDLL):
+    case = drawn(6, 48, dtype=torch.float32)
+    right = launched(library, case, CONFIGS["ppo"], 48, 2)
+    found = launched(library, (case[0], case[1].int(), *case[2:]), CONFIGS["ppo"], 48, 2)
+    assert all(torch.equal(found[key], right[key]) for key in right)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cuda_gradient_is_scaled_where_it_lies(library: ctypes.CDLL, dtype: torch.dtype):
     x = torch.randn(1003).to(dtype)
@@ -323,16 +332,48 @@ def test_a_library_is_built_once_and_again_if_anything_of_it_changes(tmp_path: P
     assert sorted(folder.iterdir()) == sorted(folder.glob("some.sm_*.so"))
 
 
-def test_a_source_that_nvcc_refuses_is_an_error_in_its_words(tmp_path: Path):
-    compiler = tmp_path / "nvcc"
+def refusing(folder: Path) -> Path:
+    """An nvcc that compiles nothing."""
+    compiler = folder / "nvcc"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no such thing" >&2; exit 1; }')
     compiler.chmod(0o755)
+    return compiler
+
+
+def test_a_source_that_nvcc_refuses_is_an_error_in_its_words(tmp_path: Path):
+    compiler = refusing(tmp_path)
     with pytest.raises(RuntimeError, match="no such thing"):
         nvcc.build(op.SOURCE, "90a", str(compiler), tmp_path)
     assert list(tmp_path.iterdir()) == [compiler]
 
 
+def test_where_nvcc_refuses_there_is_no_library_and_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiler = refusing(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert nvcc.find_nvcc() == str(compiler)
+    with pytest.warns(UserWarning, match="no such thing"):
+        assert nvcc.load(op.SOURCE, "1a") is None
+    with warnings.catch_warnings(action="error"):
+        assert nvcc.load(op.SOURCE, "1a") is None
+
+
 def test_without_nvcc_there_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(nvcc, "DEFAULT_HOME", str(tmp_path / "cuda"))
     assert nvcc.load(tmp_path / "any.cu", "90a") is None
+
+
+def test_nvcc_is_found_where_cuda_is_installed_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(nvcc, "DEFAULT_HOME", str(tmp_path / "cuda"))
+    assert nvcc.find_nvcc() is None
+    compiler = refusing(tmp_path / "cuda" / "bin")
+    assert nvcc.find_nvcc() == str(compiler)

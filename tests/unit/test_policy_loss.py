@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -91,3 +92,14 @@ def test_it_compiles_into_one_graph_forward_and_backward():
     assert torch.equal(right, found)
     (one,), (other,) = (torch.autograd.grad(x, logprobs) for x in (right, found))
     assert torch.equal(one, other)
+
+
+def test_counters_are_views_of_what_the_operation_gives():
+    """On a GPU each number that is made of them is another launch."""
+    totals = torch.arange(float(len(operation.TOTALS))).double()
+    totals[-1] = 0
+    counted = operation.counters(totals, LOSSES["everything"])
+    numbers = [*itertools.chain(*counted.quotients.values()), *counted.maxima.values()]
+    storages = {number.untyped_storage().data_ptr() for number in numbers}
+    assert storages == {totals.untyped_storage().data_ptr()}
+    assert counted.quotients["loss"][1] == 0 and counted.maxima["loss/ratio_max"] == 13

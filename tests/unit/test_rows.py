@@ -27,8 +27,10 @@ def shard_statistics(case: Case, bounds: list[int]) -> Tensor:
 @pytest.mark.parametrize("bounds", [[0, 17], [0, 5, 17], [0, 1, 2, 17], [0, 0, 9, 17, 17]])
 def test_shards_of_any_size_merge_to_the_whole_vocabulary(bounds: list[int]):
     case = drawn(6, 17)
-    m, s, u, t = rows.merged(shard_statistics(case, bounds))
-    assert_same(((t - m) - s.log(), s.log() - u / s), written_out(case))
+    logprob, entropy, softmax = rows.concluded(shard_statistics(case, bounds), case[3])
+    assert_same((logprob, entropy), written_out(case))
+    log_sum = ((case[0] @ case[1].T) - softmax[0][:, None]).div(case[3][:, None]).logsumexp(1)
+    assert_same(softmax[1:], (log_sum, entropy))
 
 
 def test_a_shard_of_nothing_but_minus_infinity_adds_nothing():
@@ -36,15 +38,15 @@ def test_a_shard_of_nothing_but_minus_infinity_adds_nothing():
     stats = shard_statistics(case, [0, 4])
     empty = rows.nothing_seen(3, like=stats)
     rows.absorb(empty, torch.full((3, 2), -torch.inf).double(), case[2] - 4, case[3])
-    assert torch.equal(rows.merged(torch.cat([empty[None], stats])), stats[0])
+    assert torch.equal(rows.merged(torch.cat([empty[None], stats]), case[3]), stats[0])
 
 
 @pytest.mark.parametrize("size", [1.0, 4e4, 1e30])
 def test_pieces_that_differ_by_any_size_merge_to_the_larger(size: float):
     case = drawn(6, 12)
     case[1][5:] *= size
-    m, s, u, t = rows.merged(shard_statistics(case, [0, 2, 5, 9, 12]))
-    found, right = ((t - m) - s.log(), s.log() - u / s), written_out(case)
+    m, s, u, t = rows.merged(shard_statistics(case, [0, 2, 5, 9, 12]), case[3])
+    found, right = ((t - m) / case[3] - s.log(), s.log() - u / s), written_out(case)
     assert all(torch.isfinite(x).all() for x in found)
     for one, other in zip(found, right, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)

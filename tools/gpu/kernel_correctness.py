@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_srpo.config_sections import LossConfig
 from megatron_srpo.kernels import logits_policy_loss as one_read
+from megatron_srpo.kernels import nvcc, products
 from megatron_srpo.kernels.group_advantage import group_advantage
 from megatron_srpo.kernels.linear_logprob import linear_logprob
 from megatron_srpo.kernels.linear_policy_loss import linear_policy_loss
@@ -27,7 +28,9 @@ from tools.gpu.inputs import Size
 from tools.gpu.result import NotRun, Numbers
 
 LOGPROB_ERROR = 5e-6
-"""Nats, of fp32 statistics."""
+"""Nats, of fp32 statistics of the logits that there are."""
+PRODUCT_ERROR = 2e-4
+"""Nats, with the logits' own error: tensor cores cut digits of what they add up."""
 BF16_ERROR = 6e-3
 """Of the largest gradient: rounded twice to bfloat16 where it goes through a matrix product."""
 CONFIGS = {
@@ -46,6 +49,7 @@ def tasks(device: torch.device) -> Iterator[Task]:
     large = Size(num_rows=24, vocab=inputs.VOCAB, hidden=inputs.HIDDEN)
     size = large if device.type == "cuda" else inputs.SMOKE[0]
     yield f"head, {size}", partial(head_error, size, device)
+    yield "gradient added in fp32", partial(main_grad_error, device)
     for name, cfg in CONFIGS.items():
         yield f"one pass, {name}", partial(one_pass_error, cfg, device)
         yield f"one read, {name}", partial(one_read_error, cfg, device)
@@ -99,22 +103,58 @@ def logits_error(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 def head_error(size: Size, device: torch.device) -> tuple[Numbers, Numbers]:
-    """`linear_logprob` of bfloat16, in the vocabulary's full size on a GPU."""
+    """`linear_logprob` of bfloat16, in the vocabulary's full size on a GPU: against float64 from
+    the device's own logits (`product_...` is how far these are off), and from hidden states on."""
     hidden, weight, target_ids = inputs.head(size, device)
     temperature = torch.full((size.num_rows,), inputs.TEMPERATURE, device=device)
     found = linear_logprob(hidden, weight, target_ids, temperature=inputs.TEMPERATURE)
+    with torch.no_grad():
+        pieces = products.chunks(weight, size.vocab, products.CHUNK)
+        logits = torch.cat([products.product(hidden, piece.T) for _, piece in pieces], 1)
+    of_logits = inputs.exact(logits, target_ids, temperature)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     right = inputs.exact(wide[0] @ wide[1].T, target_ids, temperature)
     pairs = zip(gradients(found, [hidden, weight]), gradients(right, wide), strict=True)
     by_hidden, by_weight = (relative(one, other) for one, other in pairs)
     numbers = {
+        "statistics_logprob": largest(found[0], of_logits[0]),
+        "statistics_entropy": largest(found[1], of_logits[1]),
         "logprob": largest(found[0], right[0]),
         "entropy": largest(found[1], right[1]),
+        "product_logprob": largest(of_logits[0], right[0]),
+        "product_entropy": largest(of_logits[1], right[1]),
         "by_hidden": by_hidden,
         "by_weight": by_weight,
     }
-    bounds = {"logprob": LOGPROB_ERROR, "entropy": LOGPROB_ERROR}
+    bounds = {"statistics_logprob": LOGPROB_ERROR, "statistics_entropy": LOGPROB_ERROR}
+    bounds |= {"logprob": PRODUCT_ERROR, "entropy": PRODUCT_ERROR}
     return numbers, bounds | {"by_hidden": BF16_ERROR, "by_weight": BF16_ERROR}
+
+
+def main_grad_error(device: torch.device) -> tuple[Numbers, Numbers]:
+    """The weight's gradient, added in fp32 to what is there; also that of no rows."""
+    size = Size(num_rows=96, vocab=1001, hidden=64)
+    hidden, weight, target_ids = inputs.head(size, device)
+    temperature = torch.full((size.num_rows,), inputs.TEMPERATURE, device=device)
+    before = inputs.normal(size.vocab, size.hidden, device=device, dtype=torch.float32)
+    main_grad = before.clone()
+    left = torch.zeros((), device=device)
+    for num_rows in (0, size.num_rows):
+        found = linear_logprob(
+            hidden[:num_rows],
+            weight,
+            target_ids[:num_rows],
+            temperature=inputs.TEMPERATURE,
+            chunk=300,
+            main_grad_VH=main_grad,
+        )
+        (by_weight,) = gradients(found, [weight])
+        left += by_weight.abs().max() + (0 if num_rows else (main_grad - before).abs().max())
+    wide = weight.detach().double().requires_grad_()
+    right = inputs.exact(hidden.detach().double() @ wide.T, target_ids, temperature)
+    (by_right,) = gradients(right, [wide])
+    numbers = {"added": relative(main_grad.double() - before, by_right), "left": left.item()}
+    return numbers, {"added": BF16_ERROR, "left": 0.0}
 
 
 def one_pass_error(cfg: LossConfig, device: torch.device) -> tuple[Numbers, Numbers]:
@@ -179,10 +219,10 @@ def cuda_kernel(device: torch.device) -> tuple[Numbers, Numbers]:
     """That the CUDA kernel is what was just checked."""
     if device.type != "cuda":
         raise NotRun("no GPU")
-    library = one_read.library_for(torch.empty(1, 1, device=device))
-    if library is None:
+    if nvcc.find_nvcc() is None or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         raise NotRun("no nvcc, or no clusters of blocks: the Triton path was checked in its place")
-    return {"not_served": 0.0}, {"not_served": 0.0}
+    library = one_read.library_for(torch.empty(1, 1, device=device))
+    return {"not_served": float(library is None)}, {"not_served": 0.0}
 
 
 def loss_error(cfg: LossConfig, device: torch.device) -> tuple[Numbers, Numbers]:

@@ -7,6 +7,8 @@ of V / 8 stands for a rank's share of eight, without their collectives.
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,7 +25,7 @@ from megatron_srpo.kernels.logprob_stats import logprob_stats
 from megatron_srpo.kernels.policy_loss import policy_loss
 from tools.gpu import inputs
 from tools.gpu.inputs import Size
-from tools.gpu.result import NotRun, Result, judged, not_run
+from tools.gpu.result import NotRun, Result, failed, is_lost, judged, not_run
 from tools.gpu.rivals import RIVALS
 from tools.gpu.timing import Timing, Work, kernels_of, measure
 
@@ -48,18 +50,29 @@ SMALL = ("policy loss of 16,384 tokens", "advantages of 1,024 groups of 16")
 Task = tuple[str, Callable[[], list[Result]]]
 
 
-def tasks(device: torch.device) -> Iterator[Task]:
+def speed_tasks(device: torch.device) -> Iterator[Task]:
     """Names and what is behind them; nothing is computed yet."""
-    run = device.type == "cuda"
     for size in inputs.sizes_for(device):
         names = [f"speed, {size}, {name}" for name in names_of_size()]
-        ours = partial(speed, size, device) if run else partial(without_gpu, names)
-        yield f"speed, {size}", ours
+        yield f"speed, {size}", on_gpu(partial(speed, size, device), names, device)
+
+
+def rival_tasks(device: torch.device, deadline: float) -> Iterator[Task]:
+    """Likewise; no rival begins after the deadline."""
+    for size in inputs.sizes_for(device):
         names = [f"rivals, {size}, {name}" for name in ("ours", *RIVALS)]
-        others = partial(rivals, size, device) if run else partial(without_gpu, names)
-        yield f"rivals, {size}", others
-    small = partial(launches, device) if run else partial(without_gpu, list(SMALL))
-    yield "launches", small
+        yield f"rivals, {size}", on_gpu(partial(rivals, size, device, deadline), names, device)
+
+
+def launch_tasks(device: torch.device) -> Iterator[Task]:
+    """Likewise."""
+    yield "launches", on_gpu(partial(launches, device), list(SMALL), device)
+
+
+def on_gpu(
+    task: Callable[[], list[Result]], names: list[str], device: torch.device
+) -> Callable[[], list[Result]]:
+    return task if device.type == "cuda" else partial(without_gpu, names)
 
 
 def without_gpu(names: list[str]) -> list[Result]:
@@ -78,21 +91,40 @@ def speed(size: Size, device: torch.device) -> list[Result]:
     """Every operation of one shape, against its floors."""
     works, held = head_works(size, device)
     logits_works_, logits_held = logits_works(size, device)
-    found = measure({**works, **logits_works_})
+    works |= logits_works_
     held |= logits_held
+    broken = failures(works, f"speed, {size}, ", device)
+    found = measure({name: work for name, work in works.items() if name not in broken})
     floors = [
         judged(f"speed, {size}, floor: {name}", found[name].numbers())
         for name in (*PRODUCTS, "copy")
+        if name in found
     ]
     return [
         *floors,
-        *(against_floor(name, size, found, held[name]) for name in GOALS),
+        *broken.values(),
+        *(against_floor(name, size, found, held[name]) for name in GOALS if name in found),
         *shares(size, found),
     ]
 
 
+def failures(works: dict[str, Work], prefix: str, device: torch.device) -> dict[str, Result]:
+    """Of works that cannot be run even once. If one costs the process its GPU, its error."""
+    broken: dict[str, Result] = {}
+    for name, work in works.items():
+        try:
+            work()
+        except Exception as failure:  # the others' times say something without it
+            if is_lost(device):
+                raise RuntimeError(f"{name}: {failure}") from failure
+            broken[name] = failed(prefix + name, failure)
+    return broken
+
+
 def against_floor(name: str, size: Size, found: dict[str, Timing], held_gib: float) -> Result:
     parts, bound = GOALS[name]
+    if not parts.keys() <= found.keys():
+        return judged(f"speed, {size}, {name}", found[name].numbers(), {"ratio": bound})
     floor_ms = sum(factor * found[part].median_ms for part, factor in parts.items())
     numbers = found[name].numbers() | {
         "floor_ms": round(floor_ms, 4),
@@ -106,13 +138,14 @@ def against_floor(name: str, size: Size, found: dict[str, Timing], held_gib: flo
 
 def shares(size: Size, found: dict[str, Timing]) -> list[Result]:
     """Rows that nobody wants should cost nothing."""
-    all_ms = found[f"head both ways, {1.0:g} of the rows"].median_ms
+    names = {share: f"head both ways, {share:g} of the rows" for share in SHARES}
     results: list[Result] = []
-    for share in SHARES:
-        name = f"head both ways, {share:g} of the rows"
-        numbers = found[name].numbers() | {"of_all_rows": round(found[name].median_ms / all_ms, 4)}
-        bounds = {"of_all_rows": HALF_AT_MOST} if share == 0.5 else {}
-        results.append(judged(f"speed, {size}, {name}", numbers, bounds))
+    for share, name in names.items():
+        if name in found and names[1.0] in found:
+            of_all = found[name].median_ms / found[names[1.0]].median_ms
+            numbers = found[name].numbers() | {"of_all_rows": round(of_all, 4)}
+            bounds = {"of_all_rows": HALF_AT_MOST} if share == 0.5 else {}
+            results.append(judged(f"speed, {size}, {name}", numbers, bounds))
     return results
 
 
@@ -124,13 +157,14 @@ def head_works(size: Size, device: torch.device) -> tuple[dict[str, Work], dict[
     by_hidden, by_weight = torch.empty_like(hidden), torch.empty_like(weight)
     x, w = hidden.detach(), weight.detach()
 
-    def forward(share: float = 1.0) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(int(share * size.num_rows), device=device)
-        chosen = hidden.index_select(0, rows)
-        return linear_logprob(chosen, weight, targets[rows], temperature=inputs.TEMPERATURE)
+    def forward() -> tuple[Tensor, Tensor]:
+        return linear_logprob(hidden, weight, targets, temperature=inputs.TEMPERATURE)
 
     def both_ways(share: float) -> object:
-        return torch.autograd.grad(forward(share)[0].sum(), [hidden, weight])
+        rows = torch.arange(int(share * size.num_rows), device=device)
+        chosen, of_chosen = hidden.index_select(0, rows), targets[rows]
+        found = linear_logprob(chosen, weight, of_chosen, temperature=inputs.TEMPERATURE)
+        return torch.autograd.grad(found[0].sum(), [hidden, weight])
 
     def one_pass() -> object:
         loss, *_ = linear_policy_loss(
@@ -144,24 +178,24 @@ def head_works(size: Size, device: torch.device) -> tuple[dict[str, Work], dict[
         )
         return loss
 
-    outputs = forward()
-    ones = torch.ones_like(outputs[0])
+    outputs = functools.cache(forward)  # once, and not here: it may be what is broken
+    ones = torch.ones(size.num_rows, device=device)
     grad: Any = partial(torch.autograd.grad, inputs=[hidden, weight], retain_graph=True)
     works: dict[str, Work] = {
         "logits product": lambda: torch.mm(x, w.T, out=product),
         "by_hidden product": lambda: torch.mm(product, w, out=by_hidden),
         "by_weight product": lambda: torch.mm(product.T, x, out=by_weight),
         "head forward": forward,
-        "head backward": lambda: grad(outputs[:1], grad_outputs=[ones]),
-        "head backward, entropy": lambda: grad(outputs, grad_outputs=[ones, ones]),
+        "head backward": lambda: grad(outputs()[:1], grad_outputs=[ones]),
+        "head backward, entropy": lambda: grad(outputs(), grad_outputs=[ones, ones]),
         "one pass": one_pass,
         **{f"head both ways, {share:g} of the rows": partial(both_ways, share) for share in SHARES},
     }
     gradients_gib = (hidden.nbytes + weight.nbytes) / 2**30
-    held = {"head forward": 0.0} | dict.fromkeys(
-        ("head backward", "head backward, entropy", "one pass"), gradients_gib
-    )
-    return works, held
+    in_fp32_gib = 4 * weight.numel() / 2**30  # what adds the weight's gradient up over blocks
+    backward = ("head backward", "head backward, entropy")
+    held = {"head forward": 0.0, "one pass": gradients_gib + in_fp32_gib}
+    return works, held | dict.fromkeys(backward, gradients_gib)
 
 
 def logits_works(size: Size, device: torch.device) -> tuple[dict[str, Work], dict[str, float]]:
@@ -182,14 +216,14 @@ def logits_works(size: Size, device: torch.device) -> tuple[dict[str, Work], dic
         }
         return logits_policy_loss(logits, targets, tokens, PPO, **how)[0]
 
-    outputs = forward()
-    ones = torch.ones_like(outputs[0])
+    outputs = functools.cache(forward)  # once, and not here: it may be what is broken
+    ones = torch.ones(size.num_rows, device=device)
     grad: Any = partial(torch.autograd.grad, inputs=[logits], retain_graph=True)
     works: dict[str, Work] = {
         "copy": lambda: copy.copy_(plain),
         "logits forward": forward,
-        "logits backward": lambda: grad(outputs[:1], grad_outputs=[ones]),
-        "logits backward, entropy": lambda: grad(outputs, grad_outputs=[ones, ones]),
+        "logits backward": lambda: grad(outputs()[:1], grad_outputs=[ones]),
+        "logits backward, entropy": lambda: grad(outputs(), grad_outputs=[ones, ones]),
         "one read": one_read,
     }
     gradient_gib = logits.nbytes / 2**30
@@ -218,7 +252,7 @@ def launches(device: torch.device) -> list[Result]:
 # --- rivals ---
 
 
-def rivals(size: Size, device: torch.device) -> list[Result]:
+def rivals(size: Size, device: torch.device, deadline: float) -> list[Result]:
     """Forward and backward of the summed log-probs at temperature 1, all rows wanted."""
     hidden, weight, targets = inputs.head(size, device)
     exact = exact_sum(hidden.detach(), weight.detach(), targets)
@@ -230,15 +264,19 @@ def rivals(size: Size, device: torch.device) -> list[Result]:
         return -linear_logprob(hidden, weight, targets, temperature=1.0)[0].sum()
 
     for name, make in {"ours": lambda: ours, **RIVALS}.items():
+        title = f"rivals, {size}, {name}"
         try:
-            head = make()
-            work = partial(both_ways, head, hidden, weight, targets)
+            if time.monotonic() > deadline:
+                raise NotRun("the budget was spent")
+            work = partial(both_ways, make(), hidden, weight, targets)
             errors[name] = abs(work().item() - exact) / size.num_rows
         except NotRun as lacking:
-            results.append(not_run(f"rivals, {size}, {name}", str(lacking)))
+            results.append(not_run(title, str(lacking)))
         except Exception as failure:  # whatever another's code says of this GPU or shape
-            reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
-            results.append(not_run(f"rivals, {size}, {name}", reason))
+            if is_lost(device):
+                raise RuntimeError(f"{name}: {failure}") from failure
+            broken = failed(title, failure)
+            results.append(broken if name == "ours" else not_run(title, broken.reason))
         else:
             works[name] = work
         torch.cuda.empty_cache()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 Numbers = dict[str, float]
 
 
@@ -45,5 +47,21 @@ def run_check(name: str, check: Callable[[], tuple[Numbers, Numbers]]) -> Result
     except NotRun as lacking:
         return not_run(name, str(lacking))
     except Exception as failure:  # one broken kernel must not take the others' results with it
-        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        return Result(name=name, status="fail", reason=reason[:300])
+        return failed(name, failure)
+
+
+def failed(name: str, failure: Exception) -> Result:
+    """In the first of its words."""
+    reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return Result(name=name, status="fail", reason=reason[:300])
+
+
+def is_lost(device: torch.device) -> bool:
+    """After some errors a GPU refuses this process everything."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

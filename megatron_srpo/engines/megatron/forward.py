@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
@@ -134,11 +135,10 @@ class Forward:
 
     @property
     def _main_grad(self) -> Tensor | None:
-        """[V, H] where DistributedDataParallel adds up the head's gradients, if Megatron's layers
-        write theirs there themselves. It finds a gradient of 0 to add then."""
-        chunk: Any = unwrap_model(self._models[-1])
+        """[V, H] where DistributedDataParallel adds up the head's gradients, if it does."""
+        is_trained = isinstance(self._models[-1], DistributedDataParallel)
         weight: Any = self._head_weight
-        return weight.main_grad if chunk.config.gradient_accumulation_fusion else None
+        return weight.main_grad if is_trained and torch.is_grad_enabled() else None
 
     def logprobs(
         self, hidden_TH: Tensor, micro_batch: MicroBatch, *, temperature: float

@@ -9,7 +9,7 @@ V padded vocabulary / TP.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,8 @@ class Head(Protocol):
         """[T] log-prob of each target, differentiable, and [T] entropy, nats; 0 where not wanted.
 
         `weight_VH` is this rank's shard, of equally many rows on each; its first `num_real` rows
-        are tokens that exist. Its gradient may go to `main_grad_VH` instead of back.
+        are tokens that exist. Its gradient may be added to `main_grad_VH`, which is where
+        Megatron's DistributedDataParallel adds gradients up, instead of going back.
         """
         ...
 
@@ -85,6 +86,11 @@ def fused(
     main_grad_VH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A `Head`: tokens that are not wanted cost nothing."""
+    if main_grad_VH is not None:
+        # Megatron's word for it: what comes back as this weight's gradient is no part of it, unless
+        # the weight is an embedding too (`zero_out_wgrad`); that adds its own to the 0 that comes.
+        told: Any = weight_VH
+        told.grad_added_to_main_grad = True
     rows = is_wanted_T.nonzero()[:, 0]
     logprobs, entropies = linear_logprob(
         hidden_TH.index_select(0, rows),
