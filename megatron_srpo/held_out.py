@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.protocols import Tokenizer
 from megatron_srpo.rewards.code import Case, asked_by
 from megatron_srpo.rewards.judge import RewardJudge, judge_named
-from megatron_srpo.types import InputError, Prompt
+from megatron_srpo.types import InputError, Prompt, question_key
 
 
 def judge_of(cfg: Config, reward: str, second: str | None) -> RewardJudge:
@@ -78,13 +77,13 @@ def check_answers(prompts: Sequence[Prompt], rewards: Sequence[str | None], path
 def check_disjoint(prompts: Sequence[Prompt], sets: Sequence[HeldOut], cfg: Config) -> None:
     """Raises `InputError` for a held-out problem that is a training problem too, whatever its id:
     the same question but for case and white space, or a program whose tests are all another's."""
-    trained = {_question(prompt): prompt.id for prompt in prompts}
+    trained = {question_key(prompt.text): prompt.id for prompt in prompts}
     tested = {case: prompt.id for prompt in prompts for case in _cases(prompt, cfg)}
     for held_out in sets:
         for prompt in held_out.prompts:
             owners = {tested.get(case) for case in _cases(prompt, cfg)}
             of_tests = owners.pop() if len(owners) == 1 else None
-            other = trained.get(_question(prompt), of_tests)
+            other = trained.get(question_key(prompt.text), of_tests)
             if other is not None:
                 raise InputError(
                     f"{cfg.eval.sets[held_out.name].data}: problem {prompt.id!r} is also in "
@@ -100,7 +99,3 @@ def _cases(prompt: Prompt, cfg: Config) -> Sequence[Case]:
         return asked_by(prompt.answer).cases
     except InputError:  # a set that has another reward
         return ()
-
-
-def _question(prompt: Prompt) -> str:
-    return "".join(unicodedata.normalize("NFC", prompt.text).casefold().split())

@@ -7,6 +7,7 @@ Shape legend: T tokens of one sequence (`T_response`: without the prompt).
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +28,11 @@ class InputError(ValueError):
 
 class AlarmError(RuntimeError):
     """A measured quantity left its stated bounds; the run must not go on as if nothing happened."""
+
+
+def question_key(question: str) -> str:
+    """The same for texts that differ in white space, case or the encoding of an accent."""
+    return "".join(unicodedata.normalize("NFC", question).casefold().split())
 
 
 def freeze_arrays(noun: Any) -> None:

@@ -35,6 +35,8 @@ ALGORITHM = (
 )  # fmt: skip
 """Files that every step goes through."""
 TESTED_TOGETHER = {
+    "prepare_sets": ("types",),
+    "prepare_data": ("types",),
     "policy_loss": ("loss",),
     "linear_logprob": ("products",),
     "rewards": ("exact", "boxed_words"),

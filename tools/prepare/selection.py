@@ -8,7 +8,6 @@ few bytes of each.
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_srpo.types import InputError
+from megatron_srpo.types import InputError, question_key
 from prepare.files import Source, read_rows
 from prepare.item import POOL, Item, LeftOut, Problems
 
@@ -25,9 +24,8 @@ CONFLICT = "same question, another answer"
 
 
 def key_of(prompt: str) -> bytes:
-    """The same for texts that differ in white space, case or the encoding of an accent."""
-    text = "".join(unicodedata.normalize("NFC", prompt).casefold().split())
-    return sha256(text.encode("utf-8", "surrogatepass")).digest()
+    """Of one question in other words (`question_key`), the same."""
+    return sha256(question_key(prompt).encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True, slots=True)
