@@ -9,6 +9,9 @@ import importlib.metadata
 import os
 import socket
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each of its processes."""
+
 
 def set_environment() -> None:
     """Before torch, Megatron or vLLM is imported. What the user has set stays as it is."""
@@ -42,6 +45,11 @@ def be_one_process_unless_launched() -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def unlaunched() -> dict[str, str]:
+    """This process's environment as if no launcher had started it."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHED}
 
 
 def _has_cpu_engine() -> bool:

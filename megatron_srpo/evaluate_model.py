@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
 import signal
@@ -24,6 +23,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config
 from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
+from megatron_srpo.environment import unlaunched
 from megatron_srpo.eval_table import MEAN, shown, table, write_tables
 from megatron_srpo.evaluate import CONFIG, RESPONSES, Attempt, evaluate
 from megatron_srpo.inputs import EvalInputs
@@ -133,10 +133,9 @@ def _folder_of(checkpoint: Path | None, mesh: Mesh) -> Iterator[Path | None]:
 def _converted(checkpoint: Path, folder: Path) -> str:
     """What the command says that cannot convert it. A process of its own: it is one alone, and its
     memory is free again."""
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     done = subprocess.run(
         [sys.executable, "-m", "megatron_srpo", "convert", "--ckpt", checkpoint, "--out", folder],
-        env={name: value for name, value in os.environ.items() if name not in launched},
+        env=unlaunched(),
         capture_output=True,
         text=True,
         check=False,

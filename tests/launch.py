@@ -10,12 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def unlaunched_environment() -> dict[str, str]:
-    """This process's environment as if no launcher had started it."""
-    return {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+from megatron_srpo.environment import LAUNCHED, unlaunched
 
 
 def forked() -> Any:
@@ -36,7 +31,7 @@ def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str] |
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=unlaunched_environment(),
+        env=unlaunched(),
     )
 
 

@@ -16,8 +16,9 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_srpo.__main__ import main
+from megatron_srpo.environment import unlaunched
 from tests.e2e.small_run import write_small_run
-from tests.launch import Command, start, unlaunched_environment
+from tests.launch import Command, start
 from tests.tiny import VOCAB_SIZE
 
 UNSTABLE = ("time/", "speed/", "memory/")
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     config = write_small_run(folder)
     warm_up = [sys.executable, "-m", "megatron_srpo", "sft", str(config), "sft.num_steps=60"]
-    subprocess.run(warm_up, env=unlaunched_environment(), check=True, timeout=300)
+    subprocess.run(warm_up, env=unlaunched(), check=True, timeout=300)
     finish(start("train", config, *from_warm_start(folder), f"run_dir={folder / 'first'}"))
     return folder
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.__main__ import main
+from megatron_srpo.environment import unlaunched
 from tests.e2e.small_run import write_small_run
 from tests.e2e.test_command_line import refused
-from tests.launch import unlaunched_environment
 
 
 def evaluated(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
@@ -26,7 +26,7 @@ def evaluated(*arguments: str | Path, processes: int = 1) -> subprocess.Complete
         text=True,
         timeout=300,
         check=False,
-        env=unlaunched_environment(),
+        env=unlaunched(),
     )
 
 
