@@ -143,9 +143,10 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.export is not None:
         check_free(arguments.export)
     if arguments.watch:
-        watch(runs, out)
-    report = read_report(runs)
-    write_report(report, out)
+        report = watch(runs, out)
+    else:
+        report = read_report(runs)
+        write_report(report, out)
     print(out)
     if arguments.export is not None:
         from megatron_srpo.report.export import export

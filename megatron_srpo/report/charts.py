@@ -103,23 +103,20 @@ SECTIONS = ("Learning", "Resets", "Health", "Cost", "Other")
 
 def charts(experiments: Sequence[Experiment]) -> list[Chart]:
     """All that the runs have values for, by section; metrics that no plot names come last."""
-    plots = [*PLOTS, *_evaluations(experiments), *_phases(experiments)]
+    metrics = sorted({n for e in experiments for run in e.runs for row in run.rows for n in row})
+    plots = [*PLOTS, *_evaluations(metrics), *_phases(metrics)]
     named = {metric for plot in plots for metric in plot.metrics} | {"time/step_s", "step"}
-    others = sorted(_metrics(experiments) - named)
+    others = [metric for metric in metrics if metric not in named]
     plots += [Plot("Other", name, "", {name: name}) for name in others]
     drawn = [chart for plot in plots for chart in _over_steps(plot, experiments)]
     drawn += _by_depth(experiments)
     return sorted(drawn, key=lambda chart: SECTIONS.index(chart.section))
 
 
-def _metrics(experiments: Sequence[Experiment]) -> set[str]:
-    return {name for e in experiments for run in e.runs for row in run.rows for name in row}
-
-
-def _evaluations(experiments: Sequence[Experiment]) -> list[Plot]:
+def _evaluations(metrics: Sequence[str]) -> list[Plot]:
     """A plot for each set, of what was right in it."""
     by_set: dict[str, dict[str, str]] = {}
-    for name in sorted(_metrics(experiments)):
+    for name in metrics:
         if is_accuracy(name):
             _, set_name, measure = name.split("/")
             by_set.setdefault(set_name, {})[name] = measure.replace("pass_at_", "pass@")
@@ -132,9 +129,8 @@ def is_accuracy(metric: str) -> bool:
     return len(parts) == 3 and parts[0] == "eval" and parts[2].startswith(("pass_at_", "greedy"))
 
 
-def _phases(experiments: Sequence[Experiment]) -> list[Plot]:
+def _phases(metrics: Sequence[str]) -> list[Plot]:
     """Time and memory: which phases there are, the metrics say."""
-    metrics = sorted(_metrics(experiments))
     times = {n: n[5:-2] for n in metrics if n.startswith("time/") and n != "time/step_s"}
     memory = {n: n[7:-4] for n in metrics if n.startswith("memory/")}
     return [

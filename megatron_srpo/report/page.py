@@ -54,8 +54,9 @@ def write_report(report: Report, out: Path, *, reload_s: float | None = None) ->
     write_durably(out, "".join(_page(report, reload_s)).encode())
 
 
-def watch(roots: Sequence[Path], out: Path) -> None:
-    """Writes the report again while a run goes on; at most a tenth of the time is spent on it."""
+def watch(roots: Sequence[Path], out: Path) -> Report:
+    """Writes the report again while a run goes on; at most a tenth of the time is spent on it. The
+    last one, of runs that have ended."""
     wait_s = SHORTEST_WAIT_S
     while True:
         began = time.monotonic()
@@ -64,7 +65,7 @@ def watch(roots: Sequence[Path], out: Path) -> None:
         write_report(report, out, reload_s=wait_s if goes_on else None)
         print(f"{out}: {_words(report)}", file=sys.stderr)
         if not goes_on:
-            return
+            return report
         wait_s = max(SHORTEST_WAIT_S, 9 * (time.monotonic() - began))
         time.sleep(wait_s)
 
