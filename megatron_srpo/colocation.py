@@ -7,6 +7,7 @@ another is a bug that would show on a GPU as corrupted or exhausted memory: here
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -67,9 +68,13 @@ class Colocation:
             self._owner = None
 
 
+this_process = functools.cache(psutil.Process)
+"""Asked often, and psutil reads most of /proc/PID to make one; no fork of a trainer asks."""
+
+
 def memory_in_use() -> float:
     """GiB: of this process's GPU, whoever holds it; without one, of the process."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    return this_process().memory_info().rss / 2**30
