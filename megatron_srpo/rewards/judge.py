@@ -87,11 +87,6 @@ def _compared(score: Score, second: Score) -> Score:
     return replace(score, second_opinion=None if second.failure is not None else second.correct)
 
 
-def in_place(reward: Reward) -> RewardJudge:
-    """Asks a reward that is at hand, in this process."""
-    return RewardJudge([InPlace(reward)])
-
-
 @dataclass(frozen=True, slots=True)
 class InPlace:
     """A reward that is called when a response comes; what it breaks is the trainer."""

@@ -29,11 +29,11 @@ from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set, read_inputs
 from megatron_srpo.journal import Journal, read_step
 from megatron_srpo.pack_layout import PackLayout
-from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import Group, Prompt, Sample, Score
 from tests.e2e.small_run import write_small_run
+from tests.unit.builders import in_place
 
 PPO = ("loss.surrogate=ppo", "loss.updates_per_batch=2", "optimizer.lr=3e-3")
 CHOICES: dict[str, tuple[str, ...]] = {

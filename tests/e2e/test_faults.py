@@ -21,13 +21,13 @@ from megatron_srpo.colocation import Colocation
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.inputs import read_inputs
 from megatron_srpo.protocols import Collect, Learner, NamedTensors
-from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.train import loop
 from megatron_srpo.types import AlarmError, Batch, Prompt, Score
 from tests.e2e.small_run import small_config
+from tests.unit.builders import in_place
 
 
 class StaleLearner:

@@ -8,11 +8,11 @@ from typing import Any
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.replica import LeaderJudge
-from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.stopping import StopRequested
 from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.types import AlarmError, Prompt, Score
 from tests.parallel.jobs import PROMPT
+from tests.unit.builders import in_place
 
 RIGHT = Score(value=1.0, correct=True)
 

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ class Ground:
     """Of each rank: seconds, by phase, in the run that was left alone."""
     seconds: float = field(init=False)
     """That it took."""
+    num_killed: int = field(default=0, init=False)
+    """Runs."""
 
     def __post_init__(self) -> None:
         with self.start("alone", 0) as attempt:
@@ -178,6 +180,18 @@ class Ground:
         ]
         return hits, again + Left.of(self.run(run)).differences(self.right)
 
+    def kill_until_hit(self, wanted: Sequence[Kill]) -> Iterator[tuple[int, list[Hit], list[str]]]:
+        """(number of the run, what was hit, what is wrong with what it has left), until every kill
+        has hit. One that comes too late, for a phase that a run has once, is wanted in the next."""
+        left, last = list(wanted), self.num_killed + len(wanted) + 3
+        while left:
+            assert self.num_killed < last, f"{self.name}: {left} do not come"
+            number = self.num_killed
+            self.num_killed += 1
+            hits, wrong = self.kill_run(f"killed{number}", left[:IN_A_RUN])
+            del left[: len(hits)]
+            yield number, hits, wrong
+
 
 def _usual(phases: Path) -> dict[str, float]:
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -207,18 +221,12 @@ def kill_all(
         share = num * (index + 1) // len(grounds) - num * index // len(grounds)
         ranks, _ = LAYOUTS[ground.name]
         wanted = plan(phases, share, ranks=ranks, rng=rng)
-        tried = 0
-        while wanted:
-            hits, wrong = ground.kill_run(f"killed{tried}", wanted[:IN_A_RUN])
-            tried += 1
-            assert tried <= share + 3, f"{ground.name}: {wanted} do not come"
-            del wanted[: len(hits)]
+        for run, hits, wrong in ground.kill_until_hit(wanted):
             found += [
-                {"layout": ground.name, "run": tried - 1, **asdict(hit), "wrong": wrong}
-                for hit in hits
+                {"layout": ground.name, "run": run, **asdict(hit), "wrong": wrong} for hit in hits
             ]
             for each in wrong:
-                print(f"{ground.name}, run {tried - 1}: {each}", flush=True)
+                print(f"{ground.name}, run {run}: {each}", flush=True)
             if wrong and not hits:
                 break
     return found

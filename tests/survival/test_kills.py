@@ -19,11 +19,13 @@ def test_six_kills_of_one_rank_or_of_all(ground: Ground) -> None:
         Kill(phase="sync", occurrence=2, fraction=0.5, victim=0),
         Kill(phase="export", occurrence=1, fraction=0.5, victim=None),
     ]
-    hits, wrong = ground.kill_run("killed", kills)
-    for hit in hits:
-        print(f"{hit.wanted}: hit {hit.phases}, others: {hit.others}")
-    assert len(hits) == len(kills)
-    assert not wrong
+    hit: list[str] = []
+    for run, hits, wrong in ground.kill_until_hit(kills):
+        for each in hits:
+            print(f"run {run}: {each.wanted}: hit {each.phases}, others: {each.others}")
+        assert not wrong
+        hit += [each.wanted for each in hits]
+    assert hit == [kill.phase for kill in kills]
 
 
 @pytest.mark.slow

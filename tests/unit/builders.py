@@ -18,7 +18,7 @@ from megatron_srpo.engines.fake import EOS, CharTokenizer, FakeGenerator
 from megatron_srpo.protocols import Reward
 from megatron_srpo.resets import RULES
 from megatron_srpo.rewards.exact import last_line
-from megatron_srpo.rewards.judge import in_place
+from megatron_srpo.rewards.judge import InPlace, RewardJudge
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.thoughts import split_thoughts
@@ -122,6 +122,11 @@ def scripted(answers: Mapping[str, str], *, run_seed: int = 0) -> FakeGenerator:
 def responses(stage: str, *texts: str, id: str = "p", step: int | str = 0) -> dict[str, str]:
     """Names for `scripted`: one text per index of a stage."""
     return {f"{step}/{id}/{stage}/{index}": text for index, text in enumerate(texts)}
+
+
+def in_place(reward: Reward) -> RewardJudge:
+    """Asks a reward that is at hand, in this process."""
+    return RewardJudge([InPlace(reward)])
 
 
 def collect(

@@ -16,7 +16,6 @@ from megatron_srpo.draws import Drawn
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.protocols import Generator
 from megatron_srpo.rewards.exact import last_line
-from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.types import AlarmError, Group, Prompt, Reset, Rollout, Sample, Score
 from tests.unit.builders import (
@@ -27,6 +26,7 @@ from tests.unit.builders import (
     collect,
     config,
     ids,
+    in_place,
     names,
     prompt,
     requests,

@@ -15,10 +15,9 @@ from megatron_srpo.evaluate import Attempt, HeldOut, attempt_sums, chance_at, ev
 from megatron_srpo.metrics import combine
 from megatron_srpo.protocols import Reward
 from megatron_srpo.rewards.exact import last_line
-from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.types import Prompt, Score
-from tests.unit.builders import TOKENIZER, config, prompt
+from tests.unit.builders import TOKENIZER, config, in_place, prompt
 
 SETS = {"sets": {"held_out": {"data": "held_out.jsonl"}}}
 

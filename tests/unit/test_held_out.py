@@ -13,9 +13,8 @@ from megatron_srpo.config import Config
 from megatron_srpo.evaluate import HeldOut
 from megatron_srpo.held_out import check_disjoint, read_held_out
 from megatron_srpo.rewards.exact import last_line
-from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.types import InputError, Prompt
-from tests.unit.builders import TOKENIZER, config, prompt, text_of
+from tests.unit.builders import TOKENIZER, config, in_place, prompt, text_of
 
 JUDGE = in_place(last_line)
 

@@ -11,8 +11,9 @@ import pytest
 
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.replica import MOST_LINES, LeaderJudge
-from megatron_srpo.rewards.judge import in_place, judge_named
+from megatron_srpo.rewards.judge import judge_named
 from megatron_srpo.types import AlarmError, Prompt, Score
+from tests.unit.builders import in_place
 
 FILE = """
 from megatron_srpo.types import Score

@@ -14,7 +14,6 @@ from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.resets import RULES
 from megatron_srpo.rewards.exact import last_line
-from megatron_srpo.rewards.judge import in_place
 from megatron_srpo.rollouts import Roles, roll_out
 from megatron_srpo.types import Completion, Prompt, Request, Score, Start
 from tests.unit.builders import (
@@ -23,6 +22,7 @@ from tests.unit.builders import (
     collect,
     config,
     ids,
+    in_place,
     names,
     prompt,
     responses,

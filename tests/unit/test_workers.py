@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from megatron_srpo.rewards import sandbox
-from megatron_srpo.rewards.judge import RewardJudge, in_place, judge_named
+from megatron_srpo.rewards.judge import RewardJudge, judge_named
 from megatron_srpo.rewards.messages import item_in, packed_item, packed_verdict, verdict_in
 from megatron_srpo.rewards.verdict import RewardError, RewardRaisedError
 from megatron_srpo.rewards.workers import Workers, ready
 from megatron_srpo.stopping import StopRequested
 from megatron_srpo.types import InputError, Prompt, Score
+from tests.unit.builders import in_place
 from tests.unit.test_process import PROMPT, is_running, judge_of, named, wait_until
 
 FILE = '''
