@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_srpo.config import Config
+from megatron_srpo.config_sections import CreditConfig
 from megatron_srpo.protocols import CreditRule
 from megatron_srpo.types import AlarmError, Floats, Group, Rollout
 
@@ -30,44 +31,132 @@ class GroupNormalized:
     cfg: Config
 
     def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
+        credit = self.cfg.credit
+        return [_on_own_tokens(group, advantages_of(group, credit), credit) for group in groups]
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """The same, with one baseline and one std for all rollouts of a prompt, whatever they left."""
+
+    cfg: Config
+
+    def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
+        credit = self.cfg.credit
+        pooled = _by_rollout(groups, lambda pool: advantages_of(pool, credit))
         return [
-            [
-                self._on_own_tokens(rollout, advantage)
-                for rollout, advantage in zip(group.rollouts, self._advantages(group), strict=True)
-            ]
+            _on_own_tokens(group, [pooled[r.id] for r in group.rollouts], credit)
             for group in groups
         ]
 
-    def _advantages(self, group: Group) -> Floats:
-        """[G]; exactly 0 where all rewards agree, NaN-free by construction."""
-        scored = np.array([rollout.score.failure is None for rollout in group.rollouts])
-        rewards = np.array([r.score.value for r in group.rollouts], dtype=np.float64)[scored]
-        advantages = np.zeros(len(group.rollouts), dtype=np.float32)
-        if group.has_signal:
-            centred = rewards - rewards.mean()
-            if self.cfg.credit.baseline == "leave_one_out":
-                centred *= len(rewards) / (len(rewards) - 1)
-            advantages[scored] = centred / self._std(rewards)
-        return advantages
 
-    def _std(self, rewards: np.ndarray) -> float:
-        if self.cfg.credit.std == "none":
-            return 1.0
-        return float(rewards.std(ddof=1 if self.cfg.credit.std == "sample" else 0))
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Pooled credit, and what the copied prefix z deserves: `prefix_weight` r / std, no baseline.
 
-    def _on_own_tokens(self, rollout: Rollout, advantage: float) -> tuple[Floats, Floats]:
-        """(loss_weight, advantage), each [T]."""
-        num_own = len(rollout.token_ids) - rollout.num_copied
-        loss_weight = np.zeros(len(rollout.token_ids), dtype=np.float32)
-        if rollout.score.failure is None:
-            is_mean = self.cfg.credit.aggregation == "sequence_mean"
-            loss_weight[rollout.num_copied :] = 1.0 / num_own if is_mean else 1.0
-        advantages = np.zeros(len(rollout.token_ids), dtype=np.float32)
-        advantages[rollout.num_copied :] = advantage
-        return loss_weight, advantages
+    By the product rule grad V(x) = sum_z pi(z) [V(z) grad log pi(z) + grad V(z)]: suffixes estimate
+    the second term, and masking the prefix drops the first. No baseline there: z was selected, by
+    failure and localization, so that its score does not vanish on average, and a baseline would
+    push the policy off prefixes that it should keep (docs/theory.md). For rewards that are 0 where
+    nothing is right.
+
+    With `aggregation=sequence_mean` all T tokens of a response weigh 1/T, whoever sampled them.
+    """
+
+    cfg: Config
+
+    def assign(self, groups: Sequence[Group]) -> list[list[tuple[Floats, Floats]]]:
+        credit = self.cfg.credit
+        own = _by_rollout(groups, lambda pool: advantages_of(pool, credit))
+        copied = _by_rollout(groups, lambda pool: credit.prefix_weight * scaled(pool, credit))
+        return [
+            [_on_all_tokens(r, own[r.id], copied[r.id], credit) for r in group.rollouts]
+            for group in groups
+        ]
 
 
-CREDITS: dict[str, Callable[[Config], CreditRule]] = {"group": GroupNormalized}
+def advantages_of(group: Group, cfg: CreditConfig) -> Floats:
+    """[G]; exactly 0 where all rewards agree, NaN-free by construction."""
+    rewards, is_scored = _rewards(group)
+    mean = rewards[is_scored].mean() if is_scored.any() else 0.0
+    num = is_scored.sum()
+    baseline = mean / 2 if cfg.baseline == "half" else mean
+    centred = (rewards - baseline) * is_scored
+    if cfg.baseline == "leave_one_out" and num > 1:
+        centred *= num / (num - 1)
+    return (centred / _std(group, cfg)).astype(np.float32)
+
+
+def scaled(group: Group, cfg: CreditConfig) -> Floats:
+    """[G] rewards in units of their spread; 0 where all agree, or a reward was not computed."""
+    return (_rewards(group)[0] / _std(group, cfg)).astype(np.float32)
+
+
+def _rewards(group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """([G] float64, 0 where it could not be computed; [G] whether it could)"""
+    is_scored = np.array([rollout.score.failure is None for rollout in group.rollouts])
+    values = np.array([rollout.score.value for rollout in group.rollouts], dtype=np.float64)
+    return np.where(is_scored, values, 0.0), is_scored
+
+
+def _std(group: Group, cfg: CreditConfig) -> float:
+    """What differences of rewards are divided by; infinity where there are none."""
+    if not group.has_signal:
+        return np.inf
+    if cfg.std == "none":
+        return 1.0
+    rewards, is_scored = _rewards(group)
+    return float(rewards[is_scored].std(ddof=1 if cfg.std == "sample" else 0))
+
+
+def _by_rollout(groups: Sequence[Group], values: Callable[[Group], Floats]) -> dict[str, float]:
+    """Rollout id -> its value, all of a prompt's rollouts taken for one group."""
+    pools: dict[str, list[Rollout]] = {}
+    for group in groups:
+        pools.setdefault(group.prompt.id, []).extend(group.rollouts)
+    return {
+        rollout.id: float(value)
+        for pool in pools.values()
+        for rollout, value in zip(
+            pool, values(Group(prompt=pool[0].prompt, rollouts=tuple(pool))), strict=True
+        )
+    }
+
+
+def _on_own_tokens(
+    group: Group, advantages: Sequence[float] | Floats, cfg: CreditConfig
+) -> list[tuple[Floats, Floats]]:
+    """(loss_weight, advantage), each [T], of each rollout; 0 on what it copied."""
+    credits: list[tuple[Floats, Floats]] = []
+    for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+        on_tokens = np.full(len(rollout.token_ids), advantage, dtype=np.float32)
+        on_tokens[: rollout.num_copied] = 0.0
+        credits.append((_weights(rollout, first=rollout.num_copied, cfg=cfg), on_tokens))
+    return credits
+
+
+def _on_all_tokens(
+    rollout: Rollout, own: float, copied: float, cfg: CreditConfig
+) -> tuple[Floats, Floats]:
+    advantage = np.full(len(rollout.token_ids), own, dtype=np.float32)
+    advantage[: rollout.num_copied] = copied
+    return _weights(rollout, first=0, cfg=cfg), advantage
+
+
+def _weights(rollout: Rollout, *, first: int, cfg: CreditConfig) -> Floats:
+    """[T] loss weights of the tokens from `first` on; 0 on all without a verdict."""
+    num = len(rollout.token_ids)
+    loss_weight = np.zeros(num, dtype=np.float32)
+    if rollout.score.failure is None:
+        loss_weight[first:] = 1.0 / (num - first) if cfg.aggregation == "sequence_mean" else 1.0
+    return loss_weight
+
+
+CREDITS: dict[str, Callable[[Config], CreditRule]] = {
+    "group": GroupNormalized,
+    "pooled": Pooled,
+    "chain": Chain,
+}
 
 
 def credited(groups: Sequence[Group], rule: CreditRule) -> Iterator[tuple[Rollout, Floats, Floats]]:

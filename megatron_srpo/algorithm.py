@@ -23,11 +23,11 @@ import numpy as np
 
 from megatron_srpo.advantages import credited
 from megatron_srpo.config import Config
-from megatron_srpo.draws import Drawn, draw
+from megatron_srpo.draws import draw
 from megatron_srpo.protocols import CreditRule
-from megatron_srpo.resets import checked
+from megatron_srpo.restarts import blame, first_lines, further, starts
 from megatron_srpo.rollouts import Roles, roll_out
-from megatron_srpo.types import Group, Prompt, Reset, Rollout, Sample, Start
+from megatron_srpo.types import Group, Prompt, Reset, Rollout, Sample
 
 
 def collect_groups(
@@ -51,65 +51,30 @@ def collect_groups(
 def attempt(prompts: Sequence[Prompt], *, name: str, roles: Roles, cfg: Config) -> list[Group]:
     """The method itself, once."""
     roll = partial(roll_out, name=name, roles=roles, cfg=cfg)
+    reset = partial(blame, roles=roles, cfg=cfg)
 
     # 1. Base: independent rollouts from the prompt, and the failed ones that will be reset.
     drawn = draw(prompts, roll, cfg.algorithm)
 
     # 2. Resets: each seed goes back to before the thought that is blamed.
-    seeds = [seed for each in drawn for seed in each.seeds]
-    chosen = checked(roles.rule.choose(seeds, roles.generator), seeds) if seeds else ()
-    resets = {seed.id: go_back(r, seed, cfg) for r, seed in zip(chosen, seeds, strict=True)}
+    lines = first_lines(drawn, reset)
 
     # 3. Suffixes: independent rollouts from there; fresh ones for each seed that is not reset.
-    starts = [start for each in drawn for start in start_again(each, resets, cfg)]
     rest: dict[str, list[Rollout]] = {prompt.id: [] for prompt in prompts}
-    for rollout in roll(starts):
-        rest[rollout.prompt.id].append(rollout)
+    for number in range(cfg.algorithm.reset_rounds):
+        if number:  # where all have failed again, go back to before what is blamed now
+            lines = further(lines, rest, reset)
+        for rollout in roll([s for d in drawn for s in starts(d, lines, number, cfg.algorithm)]):
+            rest[rollout.prompt.id].append(rollout)
 
     # 4. Groups: rollouts are comparable only if they left the same state.
     groups: list[Group] = []
     for each in drawn:
-        own = [resets[seed.id] for seed in each.seeds]
+        own = [r for seed in each.seeds for r in lines[seed.id].resets]
         groups += group([*each.base, *rest[each.prompt.id]], own, cfg)
         if each.untrained:
             groups.append(Group(prompt=each.prompt, rollouts=tuple(each.untrained), use="seeds"))
     return groups
-
-
-def go_back(reset: Reset, seed: Rollout, cfg: Config) -> Reset:
-    """The reset itself, or an earlier one: by the offset, and to leave room for a thought."""
-    if reset.thought is None:
-        return reset
-    thought = max(reset.thought - cfg.algorithm.reset_offset, 0)
-    room = cfg.rollout.max_response_tokens - cfg.thoughts.max_tokens
-    while thought > 0 and seed.thoughts[thought].start > room:
-        thought -= 1
-    if thought == reset.thought:
-        return reset
-    return replace(reset, thought=thought, moved_from=reset.thought)
-
-
-def start_again(drawn: Drawn, resets: dict[str, Reset], cfg: Config) -> list[Start]:
-    """Where a prompt's remaining rollouts begin: at the prompt, then at each reset state."""
-    num, prompt = cfg.algorithm.num_suffixes, drawn.prompt
-    suffixes: list[Start] = []
-    for number, seed in enumerate(drawn.seeds):
-        thought = resets[seed.id].thought
-        if thought is not None:
-            end = seed.thoughts[thought].start
-            suffixes += [
-                Start(
-                    prompt=prompt,
-                    stage="suffix",
-                    index=number * num + i,
-                    token_ids=seed.token_ids[:end],
-                    logprobs=seed.logprobs[:end],
-                    seed_id=seed.id,
-                )
-                for i in range(num)
-            ]
-    num_extra = cfg.algorithm.num_rollouts - len(drawn.base) - len(suffixes)
-    return [Start(prompt=prompt, stage="extra", index=i) for i in range(num_extra)] + suffixes
 
 
 def group(rollouts: Sequence[Rollout], resets: Sequence[Reset], cfg: Config) -> list[Group]:

@@ -62,8 +62,11 @@ class DataConfig(Section):
 class AlgorithmConfig(Section):
     resets: str = "self"
     """none (GRPO); random (RRPO); self (SRPO): the thought that the policy blames; oracle: the
-    first wrong one, where the task knows it; depth_matched: as deep as `self` went for another
-    seed (a control); or your own rule, FILE.py:CLASS."""
+    first wrong one, where the task knows it; or your own rule, FILE.py:CLASS. Controls:
+    depth_matched: as deep as `self` went for another seed; prompt: to the prompt; dial: oracle
+    with probability `dial`, else random."""
+    dial: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How often the localizer of `resets=dial` is right."""
     num_prompts: Count = 16
     """Per step, over all replicas."""
     num_rollouts: Count = 8
@@ -75,6 +78,12 @@ class AlgorithmConfig(Section):
     are drawn until enough have failed; those are reset and not trained (the paper's release)."""
     max_draws: Count = 12
     """Fresh rollouts of a prompt at most, with `seeds=extra_draws`."""
+    allocation: Literal["fixed", "dead"] = "fixed"
+    """Which prompts have resets. fixed: those with failed rollouts; dead: those whose base rollouts
+    have all failed. The others' suffixes are fresh rollouts."""
+    reset_rounds: Count = 1
+    """A seed's suffixes come in so many rounds. While none from a state is correct, the next round
+    leaves from the furthest state to which the rule resets one of them."""
     reset_offset: CountOrZero = 0
     """Resets go back so many thoughts further than the rule says."""
     empty_prefix: Literal["merge", "separate"] = "merge"
@@ -122,17 +131,41 @@ class AlgorithmConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> AlgorithmConfig:
+        if self.dial != 1 and self.resets != "dial":
+            raise ValueError(f"dial={self.dial:g} is of resets=dial, not of resets={self.resets}")
+        if self.allocation == "dead" and self.seeds == "extra_draws":
+            raise ValueError("allocation=dead looks at the base group: it needs seeds=in_group")
+        if self.num_suffixes % self.reset_rounds:
+            raise ValueError(
+                f"split={self.split} does not divide its {self.num_suffixes} suffixes over "
+                f"reset_rounds={self.reset_rounds}"
+            )
+        return self
+
 
 class CreditConfig(Section):
     rule: str = "group"
     """group: (reward - baseline) / std within a group, on the tokens that a rollout sampled
-    itself; or your own rule, FILE.py:CLASS."""
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """leave_one_out: the mean of the group's other rewards."""
+    itself; pooled: the same with all rollouts of a prompt for one group; chain: pooled, and copied
+    prefixes are credited with `prefix_weight` x reward / std; or your own rule, FILE.py:CLASS."""
+    prefix_weight: NonNegative = 1.0
+    """Of `rule=chain`; 0: prefixes are masked, and count among the tokens."""
+    baseline: Literal["mean", "half", "leave_one_out"] = "mean"
+    """half: half of the mean (a control); leave_one_out: the mean of the group's other rewards."""
     std: Literal["population", "sample", "none"] = "population"
     """What the difference is divided by."""
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
     """sequence_mean: over sequences, of the means over their tokens. token_mean: over tokens."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> CreditConfig:
+        if self.prefix_weight != 1 and self.rule != "chain":
+            raise ValueError(
+                f"prefix_weight={self.prefix_weight:g} is of rule=chain, not of rule={self.rule}"
+            )
+        return self
 
 
 class LossConfig(Section):

@@ -1,7 +1,8 @@
 """Which fresh rollouts are compared, and which failed ones are reset?   prompts -> base and seeds
 
 in_group     b rollouts of a prompt are its base group; the first failed ones among them are the
-             seeds and stay in the group.
+             seeds and stay in the group. With `allocation=dead` there are seeds only where all of
+             them have failed.
 extra_draws  a prompt is drawn until a of its rollouts have failed and b others are there. The
              first a failed ones are seeds, not trained; the first b others are the base (paper,
              released code: one chain after another, at most 12). That base is better than the
@@ -39,10 +40,14 @@ def draw(prompts: Sequence[Prompt], roll: Roll, cfg: AlgorithmConfig) -> list[Dr
     if cfg.seeds == "extra_draws" and cfg.num_seeds:
         return _extra_draws(prompts, roll, cfg)
     fresh = _fresh(prompts, range(cfg.num_base), roll)
-    return [
-        Drawn(prompt=p, base=fresh[p.id], seeds=_failed(fresh[p.id])[: cfg.num_seeds])
-        for p in prompts
-    ]
+    return [Drawn(prompt=p, base=fresh[p.id], seeds=_to_reset(fresh[p.id], cfg)) for p in prompts]
+
+
+def _to_reset(base: Sequence[Rollout], cfg: AlgorithmConfig) -> list[Rollout]:
+    """The first failed ones; with `allocation=dead` none if any is correct."""
+    if cfg.allocation == "dead" and any(rollout.score.correct for rollout in base):
+        return []
+    return failed(base)[: cfg.num_seeds]
 
 
 def _extra_draws(prompts: Sequence[Prompt], roll: Roll, cfg: AlgorithmConfig) -> list[Drawn]:
@@ -66,13 +71,13 @@ def _fresh(prompts: Sequence[Prompt], indices: range, roll: Roll) -> dict[str, l
     return {prompt.id: [next(flat) for _ in indices] for prompt in prompts}
 
 
-def _failed(rollouts: Sequence[Rollout]) -> list[Rollout]:
+def failed(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Not correct; a reward that could not be computed is no verdict."""
     return [r for r in rollouts if not r.score.correct and r.score.failure is None]
 
 
 def _tell_apart(prompt: Prompt, drawn: Sequence[Rollout], cfg: AlgorithmConfig) -> Drawn:
-    seeds = _failed(drawn)[: cfg.num_seeds]
+    seeds = failed(drawn)[: cfg.num_seeds]
     taken = {seed.id for seed in seeds}
     others = [rollout for rollout in drawn if rollout.id not in taken]
     return Drawn(

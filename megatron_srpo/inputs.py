@@ -91,8 +91,11 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
             f"{cfg.data.train}: {len(prompts)} prompts are fewer than a step's "
             f"algorithm.num_prompts={cfg.algorithm.num_prompts}"
         )
-    if cfg.algorithm.resets == "oracle" and not all(prompt.solution for prompt in prompts):
-        raise InputError(f"{cfg.data.train}: algorithm.resets=oracle needs `solution` in each row")
+    resets = cfg.algorithm.resets
+    if resets in ("oracle", "dial") and not all(prompt.solution for prompt in prompts):
+        raise InputError(
+            f"{cfg.data.train}: algorithm.resets={resets} needs `solution` in each row"
+        )
     if replay is not None:
         _check_replay(cfg, prompts, replay)
     _check_rollouts(cfg, prompts, RunFolder(cfg.run_dir), progress.journalled)

@@ -41,14 +41,15 @@ def rollout_sums(groups: Sequence[Group], cfg: Config) -> Sums:
         add("group/zero_signal_rate", not group.has_signal)
         for rollout in group.rollouts:
             _add_rollout(rollout, add)
+    by_id = {rollout.id: rollout for group in groups for rollout in group.rollouts}
     prompts = {group.prompt.id for group in groups}
     replaced = {group.prompt.id for group in groups if group.use == "replaced"}
     add("group/num_mean", len(trained), len(prompts))
     add("group/redrawn_rate", len(replaced), len(prompts))
     if cfg.algorithm.num_seeds:
-        found = sum(len(group.resets) for group in trained)
+        reset = [by_id[reset.seed_id] for group in trained for reset in group.resets]
+        found = sum(rollout.stage == "base" for rollout in reset)  # not those of later rounds
         add("reset/seed_found_rate", found, len(prompts) * cfg.algorithm.num_seeds)
-    by_id = {rollout.id: rollout for group in groups for rollout in group.rollouts}
     for group in trained:
         for reset in group.resets:
             seed = by_id[reset.seed_id]
@@ -95,6 +96,8 @@ def _add_reset(reset: Reset, seed: Rollout, add: Add) -> None:
     add("localize/parse_failed_rate", reset.cause == "unparsed")
     add("localize/no_error_rate", reset.cause == "no_error")
     add("localize/too_long_rate", reset.cause == "too_long")
+    if reset.cause == "nearer":
+        return
     add("reset/skipped_rate", reset.thought is None)
     if reset.thought is None:
         return
@@ -116,7 +119,7 @@ def _add_verdict(reset: Reset, truth: int, group: Group, add: Add) -> None:
     """Against the first wrong thought, where the task knows it."""
     if reset.thought is None:
         return
-    if reset.cause in ("named", "oracle"):  # a random draw or a restart localizes nothing
+    if reset.cause in ("named", "oracle", "dial"):  # a random draw or a restart localizes nothing
         add("localize/exact_rate", _chosen(reset) == truth)
         add("localize/clean_rate", _chosen(reset) <= truth)
     kind = "clean" if reset.thought <= truth else "erroneous"

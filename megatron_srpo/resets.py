@@ -138,6 +138,37 @@ class OracleReset:
         return resets
 
 
+@dataclass(frozen=True, slots=True)
+class DialReset:
+    """A control: a localizer that is right with probability `algorithm.dial`, else random; free."""
+
+    cfg: Config
+    tokenizer: Tokenizer
+
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+        right = OracleReset(self.cfg, self.tokenizer).choose(seeds, generator)
+        anywhere = RandomReset(self.cfg, self.tokenizer).choose(seeds, generator)
+        return [
+            replace(true if self._is_right(true.seed_id) else other, cause="dial")
+            for true, other in zip(right, anywhere, strict=True)
+        ]
+
+    def _is_right(self, seed_id: str) -> bool:
+        drawn = random.Random(counter_seed(self.cfg.seed, seed_id, "dial")).random()
+        return drawn < self.cfg.algorithm.dial
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReset:
+    """A control: what was spent on the seed's thoughts is forgotten, as in GRPO."""
+
+    cfg: Config
+    tokenizer: Tokenizer
+
+    def choose(self, seeds: Sequence[Rollout], generator: Generator) -> list[Reset]:
+        return [Reset(seed_id=seed.id, thought=0, cause="prompt") for seed in seeds]
+
+
 def first_wrong_thought(rollout: Rollout, delimiter: str) -> int | None:
     """Index of the first thought that differs from the solution's; the last if it stops short.
 
@@ -158,6 +189,8 @@ RULES: dict[str, Callable[[Config, Tokenizer], ResetRule]] = {
     "self": SelfReset,
     "oracle": OracleReset,
     "depth_matched": DepthMatchedReset,
+    "prompt": PromptReset,
+    "dial": DialReset,
 }
 
 

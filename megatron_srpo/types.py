@@ -189,9 +189,10 @@ class Reset:
     """Index of the first thought that is not kept; 0 restarts from the bare prompt, None resets
     nothing."""
     cause: str
-    """What chose it: random, oracle, named (by the policy), depth_matched, or a rule's own word;
-    or why nothing was chosen: the policy's answer was `unparsed`, it said `no_error`, or the
-    question was `too_long` for the engine (`localize.fallback` says what happens then)."""
+    """What chose it: random, oracle, dial, prompt, named (by the policy), depth_matched, or a
+    rule's own word; or why nothing was chosen: the policy's answer was `unparsed`, it said
+    `no_error`, or the question was `too_long` for the engine (`localize.fallback` says what happens
+    then); `nearer`: a later round left from a state that lies further (`reset_rounds`)."""
     answer: str = ""
     """What the policy said when it was asked."""
     num_tokens: int = 0

@@ -16,9 +16,13 @@ const SIGNS = { pass: "✓", fail: "✗", none: "?" };
 /** @param {Rollout} rollout @returns {"pass"|"fail"|"none"} */
 const verdictOf = (rollout) => (rollout.c === undefined ? "none" : rollout.c ? "pass" : "fail");
 
+/** A rollout, and all that came of it.
+ * @param {Rollout} rollout @returns {Rollout[]} */
+const allOf = (rollout) => [rollout, ...(rollout.s ?? []).flatMap(allOf)];
+
 /** @param {number} step @param {Prompt} prompt @returns {Entry} */
 function entryOf(step, prompt) {
-  const all = prompt.b.flatMap((root) => [root, ...(root.s ?? [])]);
+  const all = prompt.b.flatMap(allOf);
   const trained = all.filter((rollout) => !rollout.u);
   const length = Math.max(0, ...all.map((rollout) => rollout.t.reduce((sum, text) => sum + text.length, 0)));
   return {
@@ -29,7 +33,7 @@ function entryOf(step, prompt) {
       pass: all.some((rollout) => rollout.c === 1),
       fail: all.some((rollout) => rollout.c === 0),
       reset: prompt.b.some((root) => root.x?.k !== undefined),
-      corrected: prompt.b.some((root) => root.s?.some((suffix) => suffix.c === 1)),
+      corrected: all.some((rollout) => rollout.s?.some((suffix) => suffix.c === 1)),
       silent: trained.every((rollout) => rollout.z === 1),
     },
   };
@@ -61,9 +65,10 @@ function unpacked(digits) {
 
 /** Thoughts, divided into tokens; of a suffix, those of the seed come first. Without a tokenizer a
  * thought is one token.
- * @param {Rollout} rollout @param {Rollout|null} seed @returns {Token[][]} */
-function thoughtsOf(rollout, seed) {
-  const copied = seed ? thoughtsOf(seed, null).slice(0, rollout.k ?? 0) : [];
+ * @param {Rollout} rollout @param {Rollout[]} seeds the one that was reset last @returns {Token[][]} */
+function thoughtsOf(rollout, seeds) {
+  const seed = seeds.at(-1);
+  const copied = seed ? thoughtsOf(seed, seeds.slice(0, -1)).slice(0, rollout.k ?? 0) : [];
   const lengths = rollout.p === undefined ? null : unpacked(rollout.p);
   let index = rollout.m ?? 0, at = 0;
   const own = rollout.t.map((text, number) => {
@@ -123,10 +128,10 @@ function headOf(rollout) {
     el("code", {}, rollout.n), el("span", {}, words.filter(Boolean).join(" · ")));
 }
 
-/** @param {Rollout} rollout @param {Rollout|null} seed */
-function textOf(rollout, seed) {
+/** @param {Rollout} rollout @param {Rollout[]} seeds */
+function textOf(rollout, seeds) {
   const reset = rollout.x;
-  const thoughts = thoughtsOf(rollout, seed).map((tokens, number) => {
+  const thoughts = thoughtsOf(rollout, seeds).map((tokens, number) => {
     const isBlamed = reset?.k !== undefined && number === (reset.o ?? reset.k);
     const classes = [isBlamed && "blamed", tokens.every((token) => token.copied) && "copied"];
     const spans = tokens.map((token) => {
@@ -142,6 +147,7 @@ function textOf(rollout, seed) {
 }
 
 const CAUSES = { named: "the policy named the thought", random: "drawn at random", oracle: "the known first error",
+  dial: "the known first error, or at random", prompt: "always the prompt", nearer: "another reset went further",
   depth_matched: "a depth that the policy would have named", unparsed: "the answer could not be parsed",
   no_error: "the policy found no error", too_long: "the question was too long" };
 
@@ -156,18 +162,18 @@ function resetOf(reset) {
   return el("div", { class: "reset" }, ...parts);
 }
 
-/** @param {Rollout} rollout @param {Rollout|null} seed @param {Map<Element, Rollout>} shown */
-function branchOf(rollout, seed, shown) {
+/** @param {Rollout} rollout @param {Rollout[]} seeds @param {Map<Element, Rollout>} shown */
+function branchOf(rollout, seeds, shown) {
   const verdict = verdictOf(rollout);
-  const item = el("div", { role: "treeitem", tabindex: "-1", class: `branch ${verdict}`, "aria-level": seed ? "2" : "1",
-    "aria-label": `${rollout.n}, ${verdict === "none" ? "no verdict" : verdict}` }, headOf(rollout), textOf(rollout, seed));
+  const item = el("div", { role: "treeitem", tabindex: "-1", class: `branch ${verdict}`, "aria-level": String(seeds.length + 1),
+    "aria-label": `${rollout.n}, ${verdict === "none" ? "no verdict" : verdict}` }, headOf(rollout), textOf(rollout, seeds));
   shown.set(item, rollout);
   if (rollout.x) item.append(resetOf(rollout.x));
   if (rollout.s) {
     item.setAttribute("aria-expanded", "true");
     const rights = rollout.s.filter((suffix) => suffix.c === 1).length;
     item.append(el("div", { role: "group", class: "suffixes" },
-      el("p", {}, `${rights} of ${rollout.s.length} suffixes are right`), ...rollout.s.map((suffix) => branchOf(suffix, rollout, shown))));
+      el("p", {}, `${rights} of ${rollout.s.length} suffixes are right`), ...rollout.s.map((suffix) => branchOf(suffix, [...seeds, rollout], shown))));
   }
   return item;
 }
@@ -178,18 +184,21 @@ function treeOf(entry, shown) {
   const facts = el("dl", { class: "prompt" }, el("dt", {}, "prompt"), el("dd", {}, q), el("dt", {}, "answer"), el("dd", {}, a));
   if (sol) facts.append(el("dt", {}, "right thoughts"), el("dd", {}, sol.map((thought, i) => `${i + 1} ${thought}`).join("  ")));
   const seeds = b.filter((root) => root.x), rest = b.filter((root) => !root.x);
-  const tree = el("div", { role: "tree", "aria-label": `rollouts of ${id}` }, ...[...seeds, ...rest].map((root) => branchOf(root, null, shown)));
+  const tree = el("div", { role: "tree", "aria-label": `rollouts of ${id}` }, ...[...seeds, ...rest].map((root) => branchOf(root, [], shown)));
   tree.querySelector("[role=treeitem]")?.setAttribute("tabindex", "0");
   return [el("h3", {}, `${id}, step ${entry.step}`), facts, tree];
 }
 
+/** ✗↶3(✓✗): wrong, reset to before thought 3, what came of it.
+ * @param {Rollout} rollout @returns {string} */
+function markOf(rollout) {
+  const suffixes = rollout.s ? `(${rollout.s.map(markOf).join("")})` : "";
+  return SIGNS[verdictOf(rollout)] + (rollout.x?.k === undefined ? "" : `↶${rollout.x.k + 1}`) + suffixes;
+}
+
 /** @param {Entry} entry @param {number} number @param {boolean} isOfOneStep */
 function rowOf(entry, number, isOfOneStep) {
-  const marks = entry.prompt.b.map((root) => {
-    const verdict = verdictOf(root);
-    const suffixes = root.s?.map((suffix) => SIGNS[verdictOf(suffix)]).join("") ?? "";
-    return el("span", { class: verdict }, SIGNS[verdict] + (root.x?.k === undefined ? "" : `↶${root.x.k + 1}`) + (suffixes && `(${suffixes})`));
-  });
+  const marks = entry.prompt.b.map((root) => el("span", { class: verdictOf(root) }, markOf(root)));
   const id = (isOfOneStep ? "" : `${entry.step} · `) + entry.prompt.id;
   return el("div", { role: "option", tabindex: "-1", class: "row", "data-number": String(number), "aria-selected": "false" },
     el("b", {}, id), el("span", { class: "question" }, entry.prompt.q.slice(0, 120)),

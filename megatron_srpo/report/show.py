@@ -82,10 +82,14 @@ def drawn(tree: Tree, *, step: int) -> Drawn:
     head.append(f"answer {prompt.answer}", style="not bold dim")
     root = Drawn(head, guide_style="dim")
     for branch in sorted(tree.branches, key=lambda branch: branch.reset is None):
-        node = root.add(_drawn(branch))
-        for suffix in branch.suffixes:
-            node.add(_drawn(suffix))
+        _grow(root, branch)
     return root
+
+
+def _grow(under: Drawn, branch: Branch) -> None:
+    node = under.add(_drawn(branch))
+    for suffix in branch.suffixes:
+        _grow(node, suffix)
 
 
 def _drawn(branch: Branch) -> Stacked:

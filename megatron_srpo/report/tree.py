@@ -43,6 +43,11 @@ class Branch:
         return sum(thought.start < self.rollout.num_copied for thought in self.rollout.thoughts)
 
     @property
+    def all(self) -> list[Branch]:
+        """This one, and all that came of it."""
+        return [self, *(b for suffix in self.suffixes for b in suffix.all)]
+
+    @property
     def name(self) -> str:
         """What tells it from the prompt's other rollouts: base/0; 5.1/base/0 if drawn anew."""
         step, _, rest = self.rollout.id.partition("/")
@@ -64,7 +69,7 @@ class Tree:
 
     @property
     def all(self) -> list[Branch]:
-        return [b for root in self.branches for b in (root, *root.suffixes)]
+        return [branch for root in self.branches for branch in root.all]
 
 
 def trees(groups: Sequence[Group], cfg: Config | None) -> list[Tree]:
@@ -80,23 +85,23 @@ def _tree(groups: list[Group], credit: dict[str, Credit]) -> Tree:
     members = [(rollout, group) for group in groups for rollout in group.rollouts]
     ids = {rollout.id for rollout, _ in members}
     resets = {reset.seed_id: reset for group in groups for reset in group.resets}
-    grown: dict[str | None, list[Branch]] = defaultdict(list)
-    for rollout, group in reversed(members):  # a suffix may stand before its seed
-        if rollout.seed_id in ids:
-            branch = Branch(rollout=rollout, group=group, credit=credit.get(rollout.id))
-            grown[rollout.seed_id].insert(0, branch)
-    roots = [
-        Branch(
-            rollout=rollout,
-            group=group,
-            credit=credit.get(rollout.id),
-            reset=resets.get(rollout.id),
-            suffixes=tuple(grown[rollout.id]),
+    by_seed: dict[str | None, list[tuple[Rollout, Group]]] = defaultdict(list)
+    for rollout, group in members:
+        by_seed[rollout.seed_id if rollout.seed_id in ids else None].append((rollout, group))
+
+    def grown(seed_id: str | None) -> tuple[Branch, ...]:
+        return tuple(
+            Branch(
+                rollout=rollout,
+                group=group,
+                credit=credit.get(rollout.id),
+                reset=resets.get(rollout.id),
+                suffixes=grown(rollout.id),
+            )
+            for rollout, group in by_seed[seed_id]
         )
-        for rollout, group in members
-        if rollout.seed_id not in ids
-    ]
-    return Tree(prompt=groups[0].prompt, branches=tuple(roots))
+
+    return Tree(prompt=groups[0].prompt, branches=grown(None))
 
 
 def is_credit_known(cfg: Config | None) -> bool:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_srpo.algorithm import collect_groups, go_back, start_again
+from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.draws import Drawn
 from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.protocols import Generator
+from megatron_srpo.restarts import Line, go_back, starts
 from megatron_srpo.rewards.exact import last_line
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.types import AlarmError, Group, Prompt, Reset, Rollout, Sample, Score
@@ -101,9 +102,9 @@ def test_copied_tokens_keep_their_parents_logprobs_and_own_tokens_have_their_own
 
 def test_a_start_keeps_tokens_and_logprobs_up_to_the_first_thought_that_is_not_kept():
     seed = rollout("5\n6\n2", id="seed", num_copied=2)
-    reset = Reset(seed_id="seed", thought=2, cause="named")
     drawn = Drawn(prompt=prompt(), base=[rollout("1")] * 4, seeds=[seed])
-    *_, start = start_again(drawn, {"seed": reset}, config())
+    line = Line(at=seed, thought=2, resets=())
+    *_, start = starts(drawn, {"seed": line}, 0, config().algorithm)
     assert (start.stage, start.index, start.seed_id) == ("suffix", 3, "seed")
     assert text_of(start.token_ids) == "5\n6\n"
     assert start.logprobs.tolist() == [-1, -2, -1, -2]

@@ -30,7 +30,16 @@ from megatron_srpo.report.summary import summary
 from megatron_srpo.report.tree import trees
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.types import InputError, Reset
-from tests.unit.builders import TOKENIZER, config, group, prompt, rollout
+from tests.unit.builders import (
+    TOKENIZER,
+    collect,
+    config,
+    group,
+    prompt,
+    responses,
+    rollout,
+    scripted,
+)
 from tests.unit.recorded import named, write_run
 
 HOSTILE = "</script><img onerror=alert(1)> {{values}} \ud800 \u2028 🙂"
@@ -65,6 +74,19 @@ def test_a_tree_has_suffixes_under_the_seed_that_was_reset():
     assert [suffix.verdict for suffix in seed.suffixes] == ["pass", "pass", "fail", "pass"]
     assert {suffix.num_copied_thoughts for suffix in seed.suffixes} == {1}
     assert tree.has_reset and len(tree.all) == 8
+
+
+def test_a_suffix_that_was_reset_in_a_later_round_has_its_own_suffixes():
+    answers = responses("base", "5\n6\n2") | responses("suffix", "8\n4\n2", "1")
+    answers |= {"0/p/base/0/localize": r"\boxed{2}", "0/p/suffix/0/localize": r"\boxed{3}"}
+    cfg = config(algorithm={"num_rollouts": 3, "split": "1x2", "reset_rounds": 2})
+    (tree,) = trees(collect(scripted(answers), cfg=cfg), cfg)
+    (seed,) = tree.branches
+    assert [branch.name for branch in tree.all] == ["base/0", "suffix/0", "suffix/1"]
+    assert seed.suffixes[0].reset is not None and seed.suffixes[0].reset.thought == 2
+    assert [branch.name for branch in seed.suffixes[0].suffixes] == ["suffix/1"]
+    shown = plain(tree, TOKENIZER.pieces)["b"][0]["s"][0]["s"][0]
+    assert (shown["k"], shown["t"]) == (2, ["1"])
 
 
 def test_a_suffix_whose_seed_is_not_on_record_stands_alone():

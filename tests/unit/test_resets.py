@@ -11,7 +11,9 @@ from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.resets import (
     RULES,
     DepthMatchedReset,
+    DialReset,
     OracleReset,
+    PromptReset,
     RandomReset,
     SelfReset,
     checked,
@@ -187,6 +189,8 @@ def test_the_config_names_the_rule():
         "self": SelfReset,
         "oracle": OracleReset,
         "depth_matched": DepthMatchedReset,
+        "prompt": PromptReset,
+        "dial": DialReset,
     } == RULES
 
 
