@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_srpo.config import Config
-from megatron_srpo.config_sections import CreditConfig
+from megatron_srpo.config_method import CreditConfig
 from megatron_srpo.protocols import CreditRule
 from megatron_srpo.types import AlarmError, Floats, Group, Rollout
 

@@ -13,27 +13,28 @@ from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.checkpoints import Checkpoints
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
-from megatron_srpo.data import EpochOrder
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import Attempt, HeldOut, attempt_sums, evaluate
 from megatron_srpo.exchange import exchange
 from megatron_srpo.inputs import Inputs, prompt_set
-from megatron_srpo.journal import Journal, Replay, Resumed
+from megatron_srpo.journal import Journal, Replay, Resumed, read_step
 from megatron_srpo.kept import KeepingGenerator, read_kept
 from megatron_srpo.metrics import Sums
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Collect, CreditRule, Judge, Learner, PromptSource
 from megatron_srpo.replica import LeaderJudge, LeaderRule
+from megatron_srpo.retention import Labelled, OwnAnswers
 from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
-from megatron_srpo.seeding import counter_seed
-from megatron_srpo.sft import Retention
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.stopwatch import Stopwatch, TimedGenerator
 from megatron_srpo.types import Batch, Group, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
+
+Auxiliary = Callable[[int, Sequence[Group]], list[Sample]]
+"""(step, its groups) -> samples of losses beside the policy loss; collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,7 @@ class Run:
     collect: Collect
     judge: LeaderJudge
     credit: CreditRule
-    auxiliary: Callable[[int], list[Sample]]
-    """step -> samples of losses beside the policy loss"""
+    auxiliary: Auxiliary
     record: Callable[[int, Sequence[Group]], None]
     """Writes a step's groups to the journal, where this process is its replica's leader."""
     exchange: Callable[[Sequence[Sample]], Batch]
@@ -99,7 +99,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         collect=collect,
         judge=judge,
         credit=inputs.credit,
-        auxiliary=auxiliary_samples(cfg, inputs, replica),
+        auxiliary=auxiliary_samples(cfg, inputs, mesh),
         record=journal.write if mesh.is_leader else _record_nothing,
         exchange=partial(
             exchange,
@@ -161,16 +161,18 @@ def held_out_sums(shares: Sequence[tuple[HeldOut, Judge]], roles: Roles, cfg: Co
     return attempt_sums(attempts, cfg)
 
 
-def auxiliary_samples(
-    cfg: Config, inputs: Inputs, replica: dict[str, int]
-) -> Callable[[int], list[Sample]]:
-    """step -> samples of the losses beside the policy loss."""
-    if not inputs.retained:
-        return lambda step: []
-    return Retention(
-        demonstrations=inputs.retained,
-        order=EpochOrder(len(inputs.retained), counter_seed(cfg.seed, "retention")),
-        num_samples=cfg.retention.num_samples,
-        weight=cfg.retention.weight,
+def auxiliary_samples(cfg: Config, inputs: Inputs, mesh: Mesh) -> Auxiliary:
+    """Samples of the losses beside the policy loss."""
+    replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
+    if cfg.retention.source == "labelled":
+        if not inputs.retained:
+            return lambda step, groups: []
+        return Labelled(demonstrations=inputs.retained, cfg=cfg, **replica).samples
+    own = OwnAnswers(
+        cfg=cfg,
+        tokenizer=inputs.tokenizer,
+        gather=lambda answers: mesh.gather(answers if mesh.is_leader else []),
         **replica,
-    ).samples
+    )
+    own.recall(inputs.progress.step, partial(read_step, RunFolder(cfg.run_dir).rollouts))
+    return own.samples

@@ -7,26 +7,28 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from megatron_srpo.config_sections import (
+from megatron_srpo.config_method import (
     AlgorithmConfig,
+    CreditConfig,
+    LocalizeConfig,
+    RetentionConfig,
+    ThoughtConfig,
+)
+from megatron_srpo.config_sections import (
     CheckpointConfig,
     Count,
-    CreditConfig,
     DataConfig,
     DeadlineConfig,
     EvalConfig,
     KernelConfig,
-    LocalizeConfig,
     LogConfig,
     LossConfig,
     OptimizerConfig,
     ParallelConfig,
     Positive,
-    RetentionConfig,
     RolloutConfig,
     Section,
     SftConfig,
-    ThoughtConfig,
 )
 from megatron_srpo.types import Sandbox
 
@@ -108,6 +110,16 @@ class Config(Section):
             raise ValueError(
                 f"thoughts.max_tokens={self.thoughts.max_tokens} is more than a whole response, "
                 f"rollout.max_response_tokens={self.rollout.max_response_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_answers_are_given(self) -> Config:
+        silent = ("none", "random", "oracle", "prompt", "dial")
+        if self.retention.source != "labelled" and self.algorithm.resets in silent:
+            raise ValueError(
+                f"retention.source={self.retention.source} learns from the policy's answers: with "
+                f"algorithm.resets={self.algorithm.resets} it is never asked"
             )
         return self
 

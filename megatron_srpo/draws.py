@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_srpo.config_sections import AlgorithmConfig
+from megatron_srpo.config_method import AlgorithmConfig
 from megatron_srpo.types import Prompt, Rollout, Start
 
 Roll = Callable[[Sequence[Start]], list[Rollout]]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
-from megatron_srpo.config_sections import LocalizeConfig
+from megatron_srpo.config_method import LocalizeConfig
 from megatron_srpo.protocols import Tokenizer
 from megatron_srpo.thoughts import body
 from megatron_srpo.types import Rollout, Tokens

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_srpo.config import Config
-from megatron_srpo.config_sections import AlgorithmConfig
+from megatron_srpo.config_method import AlgorithmConfig
 from megatron_srpo.draws import Drawn, failed
 from megatron_srpo.resets import checked
 from megatron_srpo.rollouts import Roles

@@ -1,14 +1,11 @@
 """Warm start from demonstrations: the same learner, cross entropy instead of rewards.
 
-    prompt and response pairs -> samples with advantage 1 -> Hugging Face folder
-
-The localizer's retention loss during RL is made of the same samples (`Retention`).
+prompt and response pairs -> samples with advantage 1 -> Hugging Face folder
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -26,7 +23,7 @@ from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.seeding import counter_seed
 from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.telemetry import Telemetry
-from megatron_srpo.types import Sample, Tokens
+from megatron_srpo.types import Tokens
 
 Demonstrations = Sequence[tuple[Tokens, Tokens]]
 
@@ -89,34 +86,3 @@ def _warm_start(
 def _share(step: int, num_samples: int, rank: int, num_ranks: int) -> range:
     """Positions of a rank's demonstrations, of a step's `num_samples`."""
     return range(step * num_samples + rank, (step + 1) * num_samples, num_ranks)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """Keeps the localizer from being forgotten: labelled demonstrations beside the policy loss.
-
-    Adds `weight` times the mean cross entropy of `num_samples` demonstrations to the loss of every
-    step, the same for all methods. It uses labels, so a run that has it must say so.
-    """
-
-    demonstrations: Demonstrations
-    order: EpochOrder
-    num_samples: int
-    """Per step, over all replicas."""
-    weight: float
-    replica: int
-    num_replicas: int
-
-    def samples(self, step: int) -> list[Sample]:
-        """This replica's share; auxiliary samples, divided among the step's updates in turn."""
-        positions = _share(step, self.num_samples, self.replica, self.num_replicas)
-        return [
-            demonstration_sample(
-                f"retention/{position}",
-                *self.demonstrations[self.order[position]],
-                weight=self.weight,
-                count=0.0,
-                turn=position,
-            )
-            for position in positions
-        ]

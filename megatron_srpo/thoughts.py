@@ -12,7 +12,7 @@ import re
 from bisect import bisect_right
 from itertools import accumulate
 
-from megatron_srpo.config_sections import ThoughtConfig
+from megatron_srpo.config_method import ThoughtConfig
 from megatron_srpo.protocols import Tokenizer
 from megatron_srpo.types import Thought, Tokens
 

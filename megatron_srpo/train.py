@@ -124,7 +124,7 @@ def loop(run: Run, telemetry: Telemetry) -> None:
             groups = run.collect(prompts, step=step)
         with run.stopwatch.phase("journal"):
             run.record(step, groups)
-        samples = to_samples(groups, run.credit, cfg) + run.auxiliary(step)
+        samples = to_samples(groups, run.credit, cfg) + run.auxiliary(step, groups)
         parts = mini_batches(samples, cfg.loss.updates_per_batch)
         batches = [run.exchange(part) for part in parts]
         with gpu.training():

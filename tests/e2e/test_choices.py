@@ -8,7 +8,7 @@ become, or the weights after a step on the journal. `pytest -s` prints the table
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_srpo.advantages import GroupNormalized
+from megatron_srpo.advantages import CREDITS
 from megatron_srpo.algorithm import collect_groups, to_samples
 from megatron_srpo.assembly import auxiliary_samples, build_learner, held_out_sums
 from megatron_srpo.batching import mini_batches
@@ -58,6 +58,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "algorithm.seeds=extra_draws",
         "algorithm.split=4x1",
     ),
+    "algorithm.dial": ("algorithm.dial=0", "algorithm.resets=dial"),
+    "algorithm.allocation": ("algorithm.allocation=dead",),
+    "algorithm.reset_rounds": ("algorithm.reset_rounds=2", "algorithm.resets=random"),
     "algorithm.reset_offset": ("algorithm.reset_offset=1", "algorithm.resets=random"),
     "algorithm.empty_prefix": ("algorithm.empty_prefix=separate",),
     "algorithm.truncated": ("algorithm.truncated=mask",),
@@ -86,6 +89,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "rollout.max_model_len=52",
         "localize.template='{response}{response}{response}'",
     ),
+    "credit.rule": ("credit.rule=chain",),
+    "credit.prefix_weight": ("credit.prefix_weight=0.5", "credit.rule=chain"),
     "credit.baseline": ("credit.baseline=leave_one_out",),
     "credit.std": ("credit.std=sample",),
     "credit.aggregation": ("credit.aggregation=token_mean",),
@@ -105,6 +110,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.eps": ("optimizer.eps=1e-3",),
     "optimizer.weight_decay": ("optimizer.weight_decay=0.1",),
     "optimizer.clip_grad": ("optimizer.clip_grad=0.001",),
+    "retention.source": ("retention.source=initial",),
     "retention.data": ("retention.data={folder}/demonstrations.jsonl",),
     "retention.num_samples": (
         "retention.num_samples=3",
@@ -141,7 +147,7 @@ ELSEWHERE = {
     # a metric: tests/unit/test_process.py, test_workers.py
     "reward_timeout_s", "reward_workers", "second_reward", "sandbox",
     # an alarm: test_faults.py; parts of the user's: test_extensions.py; tests/unit/test_localize.py
-    "max_logprob_diff", "reward", "credit.rule", "localize.chat",
+    "max_logprob_diff", "reward", "localize.chat",
 }  # fmt: skip
 ROLLOUTS = ("seed", "data", "algorithm", "thoughts", "localize", "rollout")
 UPDATE = ("num_steps", "dtype", "loss", "optimizer", "retention")
@@ -162,6 +168,8 @@ class World:
     engine: VllmGenerator
     journal: Sequence[Group]
     """Rollouts under the default config, written and read."""
+    continued: Sequence[Group]
+    """Rollouts with copied prefixes: a random policy names no thought that leaves one."""
 
     def config(self, *overrides: str) -> Config:
         filled = [override.replace("{folder}", str(self.folder)) for override in overrides]
@@ -182,15 +190,15 @@ class World:
         return collect_groups(prompts, step=0, roles=self.roles(cfg, inputs), cfg=cfg)
 
     def samples(self, cfg: Config) -> list[Sample]:
-        return to_samples(self.journal, GroupNormalized(cfg), cfg)
+        return to_samples(self.continued, CREDITS[cfg.credit.rule](cfg), cfg)
 
     def weights(self, cfg: Config) -> dict[str, torch.Tensor]:
         """After two steps on the default samples of the journal."""
         learner = build_learner(cfg, self.mesh, StopPoints())
         inputs = read_inputs(cfg, num_processes=1)
-        auxiliary = auxiliary_samples(cfg, inputs, {"replica": 0, "num_replicas": 1})
+        auxiliary = auxiliary_samples(cfg, inputs, self.mesh)
         for step in range(2):
-            samples = self.samples(self.config()) + auxiliary(step)
+            samples = self.samples(self.config()) + auxiliary(step, self.journal)
             learner.update(
                 [
                     exchange(
@@ -220,10 +228,14 @@ def world(
     (folder / "others.jsonl").write_text("\n".join(reversed(rows)))
     engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype)
     engines.append(engine)
-    blank = World(folder=folder, mesh=mesh, engine=engine, journal=())
+    blank = World(folder=folder, mesh=mesh, engine=engine, journal=(), continued=())
     journal = Journal(folder=folder / "rollouts", replica=0, num_replicas=1)
     journal.write(0, blank.rollouts(blank.config()))
-    yield World(folder=folder, mesh=mesh, engine=engine, journal=read_step(journal.folder, 0))
+    yield replace(
+        blank,
+        journal=read_step(journal.folder, 0),
+        continued=blank.rollouts(blank.config("algorithm.resets=random")),
+    )
 
 
 def changed_rollouts(one: Sequence[Group], other: Sequence[Group]) -> int:

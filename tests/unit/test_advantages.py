@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_srpo.advantages import GroupNormalized, credited
+from megatron_srpo.advantages import CREDITS, GroupNormalized, credited
 from megatron_srpo.types import AlarmError, Floats, Group
-from tests.unit.builders import config, group, rewarded, rollout
+from tests.unit.builders import config, group, prompt, rewarded, rollout
 
 VALUES = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))
 
@@ -198,3 +199,87 @@ def test_credit_that_is_not_finite_is_refused_by_name(weight: float, credit: flo
 def test_credit_that_weighs_less_than_nothing_is_refused_by_name():
     with pytest.raises(AlarmError, match="gave r0 a negative loss_weight"):
         [*credited([rewarded(1, 0)], Constant(-1.0))]
+
+
+# --- base and suffixes together -----------------------------------------------------------------
+
+
+def branching(*, suffixes: tuple[float, ...] = (1, 0)) -> list[Group]:
+    """Two base rollouts of 4 tokens, one right; suffixes that copied 2 of their 5 tokens."""
+    base = group(rollout("abc", id="b0", reward=1.0), rollout("abc", id="b1"))
+    members = [
+        rollout("abxy", id=f"s{i}", reward=reward, num_copied=2, seed_id="b1")
+        for i, reward in enumerate(suffixes)
+    ]
+    return [base, group(*members)]
+
+
+def assigned(groups: list[Group], **credit: Any) -> dict[str, tuple[Floats, Floats]]:
+    cfg = config(credit=credit)
+    credits = CREDITS[cfg.credit.rule](cfg).assign(groups)
+    return {
+        rollout.id: credit
+        for of, given in zip(groups, credits, strict=True)
+        for rollout, credit in zip(of.rollouts, given, strict=True)
+    }
+
+
+def test_pooled_credit_has_one_mean_and_one_std_for_all_rollouts_of_a_prompt():
+    # 1 0 1 1: mean 3/4, std sqrt(3)/4. Group by group the suffixes would have no signal.
+    right, wrong = 1 / math.sqrt(3), -math.sqrt(3)
+    given = assigned(branching(suffixes=(1, 1)), rule="pooled")
+    for id, own in {"b0": right, "b1": wrong, "s0": right, "s1": right}.items():
+        assert given[id][1][-1] == pytest.approx(own, rel=1e-6)
+    weight, advantage = given["s0"]
+    assert weight.tolist() == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3])
+    assert advantage[:2].tolist() == [0, 0]
+
+
+def test_prompts_are_pooled_apart():
+    other = [
+        group(rollout("abc", id="o0", of=prompt(id="o"), reward=1.0)),
+        group(rollout("abc", id="o1", of=prompt(id="o"), reward=1.0)),
+    ]
+    given = assigned([*branching(), *other], rule="pooled")
+    assert given["o0"][1].tolist() == given["o1"][1].tolist() == [0] * 4
+    assert given["b0"][1][0] == 1  # 1 0 1 0: mean and std 1/2
+
+
+def test_chain_credit_gives_the_copied_prefix_its_reward_in_units_of_the_spread():
+    # Rewards 1 0 1 0: std 1/2; a right suffix's prefix has 1 / (1/2), times the weight.
+    given = assigned(branching(), rule="chain", prefix_weight=0.25)
+    weight, advantage = given["s0"]
+    assert weight.tolist() == pytest.approx([1 / 5] * 5)
+    assert advantage.tolist() == [0.5, 0.5, 1, 1, 1]
+    assert given["s1"][1].tolist() == [0, 0, -1, -1, -1]  # no baseline: a wrong one says nothing
+    assert given["b1"][1].tolist() == [-1] * 4
+
+
+def test_where_all_rewards_of_a_prompt_agree_its_prefixes_have_no_credit_either():
+    right = [group(rollout("abc", id="b", reward=1.0)), *branching(suffixes=(1, 1))[1:]]
+    for _, advantage in assigned(right, rule="chain").values():
+        assert not advantage.any()
+
+
+def test_a_suffix_without_a_verdict_credits_no_prefix():
+    base, _ = branching()
+    failed = rollout("abxy", id="s0", reward=1.0, failure="died", num_copied=2, seed_id="b1")
+    weight, advantage = assigned([base, group(failed)], rule="chain")["s0"]
+    assert not weight.any() and not advantage.any()
+
+
+def test_half_a_baseline_leaves_a_tilt_towards_what_was_right():
+    # Mean 1/4, half of it 1/8; std sqrt(3)/4.
+    std = math.sqrt(3) / 4
+    expected = [0.875 / std, *[-0.125 / std] * 3]
+    assert advantages(rewarded(1, 0, 0, 0), baseline="half") == pytest.approx(expected, rel=1e-6)
+    assert advantages(rewarded(1, 1, 1), baseline="half") == [0, 0, 0]
+
+
+def test_rules_keep_to_the_other_conventions():
+    given = assigned(branching(), rule="chain", std="none", aggregation="token_mean")
+    weight, advantage = given["s0"]
+    assert weight.tolist() == [1] * 5
+    assert advantage.tolist() == [1, 1, 0.5, 0.5, 0.5]
+    loo = assigned(branching(), rule="pooled", baseline="leave_one_out", std="none")
+    assert loo["b0"][1][0] == pytest.approx(1 - 1 / 3)

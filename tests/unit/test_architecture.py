@@ -14,22 +14,22 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
-    "types protocols config_sections config config_file seeding environment exit_codes run_folder "
-    "staging shared_folder",
-    "algorithm draws rollouts resets advantages extensions thoughts localize rewards data "
+    "types protocols config_method config_sections config config_file seeding environment "
+    "exit_codes run_folder staging shared_folder",
+    "algorithm draws restarts rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics stopwatch "
     "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate held_out "
-    "eval_table evaluate_model compare exchange replica export inputs sft assembly train "
+    "eval_table evaluate_model compare exchange replica export inputs sft retention assembly train "
     "checkpoints resume convert verify submit report",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
 PURE = (
-    "types", "protocols", "algorithm", "draws", "rollouts", "resets", "advantages", "thoughts",
-    "localize",
+    "types", "protocols", "algorithm", "draws", "restarts", "rollouts", "resets", "advantages",
+    "thoughts", "localize",
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "vllm", "transformers", "datasets")
 Function = ast.FunctionDef | ast.AsyncFunctionDef

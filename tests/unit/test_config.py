@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from megatron_srpo import config_file
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config, field_names, load_config
-from megatron_srpo.config_sections import AlgorithmConfig, Section
+from megatron_srpo.config_method import AlgorithmConfig
+from megatron_srpo.config_sections import Section
 from megatron_srpo.types import InputError
 from tests.unit.builders import DEFAULTS, config
 
@@ -368,7 +369,7 @@ def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path):
 
 
 def test_the_config_stays_on_one_page():
-    assert len([*field_names()]) <= 135
+    assert len([*field_names()]) <= 160
 
 
 @pytest.mark.parametrize("template", ["hello", "{{prompt}}", "{answer_format}"])
@@ -522,11 +523,13 @@ def test_a_field_that_nothing_reads_would_be_found():
     "file, unread",
     [
         ("evaluate.py", {"eval.temperature"}),
-        ("localize.py", {"localize.template", "localize.chat"}),
+        ("localize.py", {"localize.chat"}),
+        ("retention.py", {"retention.num_samples", "retention.weight"}),
         ("telemetry.py", {"log.wandb", "log.wandb_project", "log.tensorboard"}),
-        ("algorithm.py", {"algorithm.reset_offset", "algorithm.max_redraws"}),
+        ("algorithm.py", {"algorithm.max_redraws"}),
+        ("restarts.py", {"algorithm.reset_offset"}),
         ("sft.py", {"sft.num_steps"}),
-        ("inputs.py", {"sft.data", "retention.data"}),
+        ("inputs.py", {"sft.data"}),
         ("held_out.py", {"eval.sets.data", "eval.sets.reward", "eval.num_prompts"}),
     ],
 )

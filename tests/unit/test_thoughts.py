@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_srpo.config_sections import ThoughtConfig
+from megatron_srpo.config_method import ThoughtConfig
 from megatron_srpo.thoughts import body, split_thoughts
 from megatron_srpo.types import Thought, Tokens
 
