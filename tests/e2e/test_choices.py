@@ -60,7 +60,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "algorithm.dial": ("algorithm.dial=0", "algorithm.resets=dial"),
     "algorithm.allocation": ("algorithm.allocation=dead",),
-    "algorithm.reset_rounds": ("algorithm.reset_rounds=2", "algorithm.resets=random"),
+    "algorithm.reset_rounds": (
+        "algorithm.reset_rounds=2",
+        "algorithm.resets=random",
+        "algorithm.num_rollouts=12",
+        "algorithm.split=3x2",
+    ),
     "algorithm.reset_offset": ("algorithm.reset_offset=1", "algorithm.resets=random"),
     "algorithm.empty_prefix": ("algorithm.empty_prefix=separate",),
     "algorithm.truncated": ("algorithm.truncated=mask",),
