@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """A row a step, of a run whose lines are whole."""
+        return [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
 
     @property
     def checkpoints(self) -> Path:

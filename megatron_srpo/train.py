@@ -23,6 +23,7 @@ from megatron_srpo.guard import Guard
 from megatron_srpo.inputs import Inputs
 from megatron_srpo.kept import write_kept
 from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
+from megatron_srpo.payoff import verdict
 from megatron_srpo.preflight import checked_mesh
 from megatron_srpo.resume import begin
 from megatron_srpo.run_folder import RunFolder
@@ -98,6 +99,8 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
         run.checkpoints.finish()
         if mesh.rank == 0:
             shutil.rmtree(folder.kept, ignore_errors=True)
+            if said := verdict(folder.read_metrics()):
+                telemetry.say(said)
         save_hf(folder.hf, run.learner, mesh, like=cfg.model)
         telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
         return True

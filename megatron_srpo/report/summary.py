@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_srpo.config import Config
 from megatron_srpo.metrics import GENERATED
+from megatron_srpo.payoff import verdict
 from megatron_srpo.report.charts import is_accuracy
 from megatron_srpo.report.experiments import Measured
 
@@ -41,6 +42,7 @@ def summary(runs: Sequence[Measured]) -> Table:
     accuracies = {name for each in runs for row in each.rows for name in row if is_accuracy(name)}
     for metric in [*sorted(accuracies), "pass_rate/base", "reward/mean"]:
         table.append((_called(metric), [_from_to(measured, metric) for measured in runs]))
+    table.append(("resets", [verdict(measured.rows) or UNKNOWN for measured in runs]))
     return [(name, values) for name, values in table if {*values} - {UNKNOWN}]
 
 

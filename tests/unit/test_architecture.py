@@ -17,7 +17,7 @@ LEVELS = (
     "types protocols config_method config_sections config config_file seeding environment "
     "exit_codes run_folder staging shared_folder",
     "algorithm draws restarts rollouts resets advantages extensions thoughts localize rewards data "
-    "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics stopwatch "
+    "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics payoff stopwatch "
     "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate held_out "

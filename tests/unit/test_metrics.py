@@ -56,6 +56,9 @@ def test_every_metric_of_a_step_is_the_one_counted_by_hand():
             "pass_rate/suffix": 1 / 2,
             "group/zero_signal_rate": 1 / 3,
             "reset/seed_found_rate": 1 / 2,
+            # Squares 1/2 twice over all 33 tokens; 7 x variance 1/2 over 8 x 5 and 8 x 2.
+            "reset/signal_per_token": 1 / 33,
+            "reset/signal_per_token_grpo": 3.5 / 56,
             "reset/thought_index_mean": 1,
             "reset/depth_frac_mean": 1 / 3,
             "reset/empty_prefix_rate": 0,
