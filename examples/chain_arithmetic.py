@@ -34,8 +34,6 @@ NUM_OPERATIONS = 8
 POOL_SIZE = 8
 NUM_TRAIN, NUM_EVAL, NUM_SFT, NUM_LOCALIZE = 4096, 512, 40960, 2048
 LOCALIZE_SHARE = 0.6  # of the warm-start rows
-HARD_SHARE = 0.8  # of the facts
-HARD_ACCURACY = (0.4, 0.8)  # how often a hard fact is demonstrated correctly: uniform in this range
 EASY_ACCURACY = 0.99
 DISTRACTOR_SHARE = 0.9  # of a fact's mistakes: always the same wrong digit; the others are uniform
 
@@ -63,40 +61,66 @@ class Problem(NamedTuple):
         return [*digits[1:], digits[-1]]
 
 
+class Difficulty(NamedTuple):
+    """Which facts (digit, operation) are demonstrated with mistakes, and where they are met."""
+
+    hard_share: float = 0.8
+    """Of the facts."""
+    hard_accuracy: tuple[float, float] = (0.4, 0.8)
+    """How often a hard fact is demonstrated correctly: uniform in this range."""
+    num_easy_operations: int = 0
+    """The first so many of the pool have no hard facts."""
+    easy_problems: float = 0.0
+    """Such a share of the problems has easy operations only, the others have none; 0: any mixture."""
+    first_mistake: int = 0
+    """Operations before this one are demonstrated as easy facts."""
+
+
 class Task:
     """A pool of operations, and how reliably each fact (digit, operation) is demonstrated."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, difficulty: Difficulty) -> None:
+        self.difficulty = difficulty
         rng = random.Random(f"task/{seed}")
         choices = [Operation(sign, operand) for sign in "+-" for operand in range(1, 10)]
         choices += [Operation("*", operand) for operand in (3, 7, 9)]  # others: not one-to-one
         self.pool = rng.sample(choices, POOL_SIZE)
         self.accuracy: dict[tuple[int, Operation], float] = {}
         self.distractor: dict[tuple[int, Operation], int] = {}
-        for operation in self.pool:
+        for index, operation in enumerate(self.pool):
+            can_be_hard = index >= difficulty.num_easy_operations
             for digit in range(10):
                 fact = (digit, operation)
-                hard = rng.random() < HARD_SHARE
-                self.accuracy[fact] = rng.uniform(*HARD_ACCURACY) if hard else EASY_ACCURACY
+                hard = rng.random() < difficulty.hard_share and can_be_hard
+                accuracy = rng.uniform(*difficulty.hard_accuracy) if hard else EASY_ACCURACY
+                self.accuracy[fact] = accuracy
                 self.distractor[fact] = another_digit(operation.apply(digit), rng)
 
     def problems(self, rng: random.Random) -> Iterator[Problem]:
         """Endless, without repetition."""
         seen: set[Problem] = set()
         while True:
-            operations = tuple(rng.choices(self.pool, k=NUM_OPERATIONS))
+            operations = tuple(rng.choices(self._pool_of_one(rng), k=NUM_OPERATIONS))
             problem = Problem(rng.randrange(10), operations)
             if problem not in seen:
                 seen.add(problem)
                 yield problem
 
+    def _pool_of_one(self, rng: random.Random) -> list[Operation]:
+        """What a problem's operations are drawn from."""
+        share, num_easy = self.difficulty.easy_problems, self.difficulty.num_easy_operations
+        if not share:
+            return self.pool
+        return self.pool[:num_easy] if rng.random() < share else self.pool[num_easy:]
+
     def demonstrate(self, problem: Problem, rng: random.Random) -> list[int]:
         """`problem.digits()` with this task's mistakes, each carried on to the next operation."""
         digits = [problem.start]
-        for operation in problem.operations:
+        for index, operation in enumerate(problem.operations):
             fact = (digits[-1], operation)
             right = operation.apply(digits[-1])
-            if rng.random() < self.accuracy[fact]:
+            is_easy = index < self.difficulty.first_mistake
+            if rng.random() < (EASY_ACCURACY if is_easy else self.accuracy[fact]):
                 digits.append(right)
             elif rng.random() < DISTRACTOR_SHARE:
                 digits.append(self.distractor[fact])
@@ -202,9 +226,9 @@ def localize_row(style: Style, task: Task, problem: Problem, rng: random.Random)
     return {"prompt": question, "response": style.verdict(judge(digits, right))}
 
 
-def make_rows(style: Style, seed: int) -> dict[str, list[Row]]:
+def make_rows(style: Style, difficulty: Difficulty, seed: int) -> dict[str, list[Row]]:
     """The rows by file; all files draw their problems from one stream without repetition."""
-    task, rng = Task(seed), random.Random(f"rows/{seed}")
+    task, rng = Task(seed, difficulty), random.Random(f"rows/{seed}")
     problems = task.problems(rng)
     tables: dict[str, list[Row]] = {}
     for name, num_rows in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
@@ -243,8 +267,8 @@ def make_policy(style: Style, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForC
     return Qwen2ForCausalLM(config)
 
 
-def write(out: Path, style: Style, seed: int) -> None:
-    tables = make_rows(style, seed)
+def write(out: Path, style: Style, difficulty: Difficulty, seed: int) -> None:
+    tables = make_rows(style, difficulty, seed)
     for name, rows in tables.items():
         path = out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -262,8 +286,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def main(style: Style) -> None:
+Variants = dict[str, tuple[Style, Difficulty]]
+
+
+def main(variants: Variants) -> None:
+    """Writes the one variant that there is, or the one that the command line names."""
     parser = Parser(description="Write the demo task: policy, problems and demonstrations.")
+    if len(variants) > 1:
+        parser.add_argument("variant", choices=variants)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the task, the rows, the weights")
     args = parser.parse_args()
@@ -272,7 +302,8 @@ def main(style: Style) -> None:
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"{args.out} is not a folder")
 
-    label, done = f"{type(style).__name__}, seed {args.seed}", args.out / "DONE"
+    name = args.variant if len(variants) > 1 else min(variants)
+    label, done = f"{name}, seed {args.seed}", args.out / "DONE"
     if done.exists():
         if (written := done.read_text(encoding="utf-8").strip()) != label:
             parser.error(f"{args.out} already holds {written}")
@@ -282,9 +313,9 @@ def main(style: Style) -> None:
     if args.out.is_dir() and (others := {path.name for path in args.out.iterdir()} - ours):
         parser.error(f"{args.out} holds other files ({min(others)}): choose another folder")
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out, style, args.seed)
+    write(args.out, *variants[name], args.seed)
     done.write_text(f"{label}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(CharStyle())
+    main({"CharStyle": (CharStyle(), Difficulty())})

@@ -9,7 +9,7 @@ mark with its neighbours ("}</", and ">" with the newline), so looking for the t
 not tuned to be learned fast.
 """
 
-from chain_arithmetic import Problem, Verdicts, main
+from chain_arithmetic import Difficulty, Problem, Verdicts, main
 from transformers import Qwen2Tokenizer
 
 NAME_BY_SIGN = {"+": "plus", "-": "minus", "*": "times"}
@@ -85,4 +85,4 @@ class WordStyle:
 
 
 if __name__ == "__main__":
-    main(WordStyle())
+    main({"WordStyle": (WordStyle(), Difficulty())})
