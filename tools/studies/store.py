@@ -6,8 +6,8 @@ Lines are only added, each in one write, so that several processes and branches 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 
@@ -68,6 +68,10 @@ class Store:
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in path.read_text("utf-8").splitlines():
                 yield parse(line)
+
+    @property
+    def records(self) -> Collection[Record]:
+        return self._records.values()
 
     def get(self, job: Job) -> Record | None:
         return self._records.get(job)

@@ -1,0 +1,135 @@
+"""What is compared: arms, studies, in which regimes, over how many seeds, and in which order.
+
+    study -> stages of jobs
+
+Settings that are tuned are tuned on `TUNING_SEEDS`; what is reported comes from seeds 0, 1, 2, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+TUNING_SEEDS = (900, 901, 902)
+"""Chose each regime's learning rate, by GRPO's area under the curve over tokens; never reported."""
+LEARNING_RATES = ("0.0002", "0.0003", "0.00045", "0.0007", "0.001")
+TUNED = "grpo"
+"""The arm that is tuned: all others use its learning rate."""
+
+Settings = tuple[str, ...]
+"""Overrides of a regime's config, `key=value`."""
+CHAIN = ("credit.rule=chain",)
+SHAPE_26 = ("algorithm.split=1x6",)
+EXTRA = ("algorithm.seeds=extra_draws",)
+HALF = ("credit.baseline=half",)
+CHAIN_26 = ("algorithm.resets=self", *CHAIN, *SHAPE_26)
+FOUR = ("loss.updates_per_batch=4",)
+
+
+def resets(rule: str) -> Settings:
+    """The method that goes back to where `rule` says."""
+    return (f"algorithm.resets={rule}",)
+
+
+ARMS: Mapping[str, Settings] = {
+    "grpo": resets("none"),
+    "half": (*resets("none"), *HALF),
+    "rrpo": resets("random"),
+    "srpo": resets("self"),
+    "oracle": resets("oracle"),
+    "prompt": resets("prompt"),
+    "chain": (*resets("self"), *CHAIN),
+    "srpo26": (*resets("self"), *SHAPE_26),
+    "chain26": CHAIN_26,
+    "chain26 masked": (*CHAIN_26, "credit.prefix_weight=0"),
+    "chain26 random": (*resets("random"), *CHAIN, *SHAPE_26),
+    "chain26 half": (*CHAIN_26, *HALF),
+    "chain26 dead": (*CHAIN_26, "algorithm.allocation=dead"),
+    "srpo 1x4 extra": (*resets("self"), *EXTRA),
+    "srpo 2x4 extra": (*resets("self"), *EXTRA, "algorithm.split=2x4"),
+    "srpo 1x8 extra": (*resets("self"), *EXTRA, "algorithm.split=1x8"),
+    "srpo kl": (*resets("self"), "loss.kl_coef=0.05"),
+    "srpo u4": (*resets("self"), *FOUR),
+    "srpo u4 clip": (*resets("self"), *FOUR, "loss.surrogate=ppo"),
+    "srpo u4 kl": (*resets("self"), *FOUR, "loss.kl_coef=0.05"),
+    "grpo u4": (*resets("none"), *FOUR),
+    "grpo u4 clip": (*resets("none"), *FOUR, "loss.surrogate=ppo"),
+    **{
+        f"dial {q}": (*resets("dial"), f"algorithm.dial={q}", *CHAIN, *SHAPE_26)
+        for q in ("0.0", "0.25", "0.5", "0.75", "1.0")
+    },
+    "chain26 initial": (*CHAIN_26, "retention.source=initial"),
+    "chain26 verified": (*CHAIN_26, "retention.source=verified"),
+    "chain26 none": (*CHAIN_26, "retention.data=null"),
+    "srpo none": (*resets("self"), "retention.data=null"),
+    "grpo none": (*resets("none"), "retention.data=null"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """A question."""
+
+    title: str
+    arms: Sequence[str]
+    baseline: str
+    """The arm that the others are compared with, in pairs of one seed."""
+    num_seeds: Mapping[str, int]
+    """By regime."""
+
+
+SEVEN = {"u8": 7, "m8": 7, "k8": 7, "f8": 7}
+STUDIES: Mapping[str, Study] = {
+    "methods": Study(
+        title="Methods, credit and shapes",
+        arms=(
+            *("grpo", "srpo", "chain26", "rrpo", "half", "oracle", "chain", "chain26 random"),
+            *("chain26 half", "srpo26", "chain26 dead", "prompt", "chain26 masked"),
+        ),
+        baseline="grpo",
+        num_seeds={"h8": 10, **SEVEN},
+    ),
+    "localization": Study(
+        title="How good must the localizer be, and what keeps it so?",
+        arms=(
+            *("chain26", *(f"dial {q}" for q in ("0.0", "0.25", "0.5", "0.75", "1.0"))),
+            *("chain26 initial", "chain26 verified", "chain26 none", "srpo none", "grpo none"),
+        ),
+        baseline="chain26",
+        num_seeds={"h8": 5},
+    ),
+    "splits": Study(
+        title="Splits of eight rollouts",
+        arms=("srpo 1x4 extra", "srpo 2x4 extra", "srpo 1x8 extra", "srpo", "srpo26"),
+        baseline="srpo 1x4 extra",
+        num_seeds={"h8": 7},
+    ),
+    "seeds": Study(
+        title="Is the seed trained?",
+        arms=("srpo", "srpo 1x4 extra"),
+        baseline="srpo",
+        num_seeds={"h8": 7},
+    ),
+    "clip": Study(
+        title="Clipping, KL and several updates of one batch",
+        arms=(
+            *("srpo", "srpo u4", "srpo u4 clip", "srpo kl", "srpo u4 kl"),
+            *("grpo", "grpo u4", "grpo u4 clip"),
+        ),
+        baseline="srpo",
+        num_seeds={"h8": 5},
+    ),
+}
+
+STAGES: Sequence[tuple[str, Sequence[str], int]] = (
+    ("methods", ("h8",), 8),
+    ("methods", ("u8", "m8", "k8", "f8"), 5),
+    ("methods", ("h8",), 99),
+    ("localization", ("h8",), 99),
+    ("methods", ("u8", "m8", "k8", "f8"), 10),
+    ("splits", ("h8",), 99),
+    ("clip", ("h8",), 99),
+    ("seeds", ("h8",), 99),
+    ("methods", ("u8", "m8", "k8", "f8"), 99),
+)
+"""(study, regimes, its first so many arms): what matters most comes first."""
