@@ -71,7 +71,7 @@ class Difficulty(NamedTuple):
     num_easy_operations: int = 0
     """The first so many of the pool have no hard facts."""
     easy_problems: float = 0.0
-    """Such a share of the problems has easy operations only, the others have none; 0: any mixture."""
+    """Such a share of the problems has easy operations only, the others none; 0: any mixture."""
     first_mistake: int = 0
     """Operations before this one are demonstrated as easy facts."""
 

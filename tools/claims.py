@@ -1,17 +1,18 @@
 """The project's claims, tested on its own loop.
 
-    python tools/claims.py [--only STUDY ...] [--regimes NAME ...] [--seeds A:B] [--jobs 2]
+    python tools/claims.py [--only STUDY ...] [--regimes NAME ...] [--seeds FIRST:END] [--jobs 2]
+    python tools/claims.py --page     what is there, as docs/claims.md and pictures
+    python tools/claims.py --quick    SRPO against RRPO, in minutes; the page stays as it is
 
-Every run spends one regime's budget of generated tokens on one method with one seed; what is left
-of it is a line of benchmarks/claims/<regime>.jsonl, and what has a line is not run again: stop it
-and start it as you like.
+A run spends one regime's budget of generated tokens on one method with one seed; what is left of it
+is a line of benchmarks/claims/REGIME.jsonl. What has a line is not run again, so stop it and start
+it as you like. `tools/studies/table.py` says what is compared, and in which order.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -20,76 +21,114 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.studies import plan  # noqa: E402
+from tools.studies.comparison import comparison, runs_of  # noqa: E402
+from tools.studies.page import write_page  # noqa: E402
 from tools.studies.regimes import REGIMES  # noqa: E402
-from tools.studies.store import Job, Store  # noqa: E402
-from tools.studies.table import STUDIES  # noqa: E402
+from tools.studies.store import Job, Record, Store  # noqa: E402
+from tools.studies.table import QUICK, QUICK_SEEDS, SEEDS, STUDIES  # noqa: E402
 
 FOLDER = ROOT / "benchmarks/claims"
+PAGE = ROOT / "docs/claims.md"
 RUNS_A_PROCESS = 16
 """Then another takes its place: engines of past runs stay in memory."""
 UNKNOWN_S = 30.0
+"""A run takes so long where none is known yet."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=STUDIES, default=[*STUDIES], metavar="STUDY")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=[*STUDIES])
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=[*REGIMES])
-    parser.add_argument("--seeds", default="0:10", help="FIRST:END")
+    parser.add_argument("--seeds", default=f"0:{SEEDS.stop}", metavar="FIRST:END")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     first, _, end = arguments.seeds.partition(":")
     os.chdir(ROOT)
     store = Store(FOLDER)
-    chosen = {"only": arguments.only, "regimes": arguments.regimes}
-    for jobs in plan.stages(store, seeds=range(int(first), int(end)), **chosen):
-        work(jobs, store, num_processes=arguments.jobs)
+    if arguments.quick:
+        print(quick(store, ROOT / "runs/claims_quick", num_processes=arguments.jobs))
+        return 0
+    num_failed = 0
+    if not arguments.page:
+        chosen = {"only": arguments.only, "regimes": arguments.regimes}
+        for jobs in plan.stages(store, seeds=range(int(first), int(end)), **chosen):
+            num_failed += work(jobs, store, num_processes=arguments.jobs)
+    write_page(store, PAGE, FOLDER)
+    return 1 if num_failed else 0
 
 
-def work(jobs: Sequence[Job], store: Store, *, num_processes: int) -> None:
-    """Does them in this order and adds them to the store."""
+def quick(known: Store, folder: Path, *, num_processes: int) -> str:
+    """The table of a few runs, which are kept in `folder`."""
+    store, rate = Store(folder), plan.best_lr("h8", known)
+    jobs = [plan.job("h8", arm, str(rate), seed) for seed in QUICK_SEEDS for arm in QUICK]
+    work(plan.missing(jobs, store), store, num_processes=num_processes)
+    by = runs_of(QUICK, "h8", QUICK_SEEDS, store, rate)
+    return comparison(by, QUICK[0], REGIMES["h8"])
+
+
+def work(jobs: Sequence[Job], store: Store, *, num_processes: int) -> int:
+    """Does them in this order and adds them to the store; how many failed."""
     if not jobs:
-        return
-    each = statistics.fmean(expected_seconds(job, store) for job in jobs)
-    print(f"{len(jobs)} runs, {each:.0f} s each: {each * len(jobs) / num_processes / 60:.0f} min")
+        return 0
+    seconds = sum(expected_seconds(job, store) for job in jobs)
+    minutes = seconds / num_processes / 60
+    print(f"{len(jobs)} runs of {seconds / len(jobs):.0f} s: {minutes:.0f} min", flush=True)
     for name in dict.fromkeys(job.regime for job in jobs):
         REGIMES[name].prepare()
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+    head = ["git", "rev-parse", "--short=9", "HEAD"]
+    commit = subprocess.check_output(head, text=True).strip()
     context = get_context("forkserver")
     context.set_forkserver_preload(["tools.studies.runs"])
-    begun = time.monotonic()
+    begun, num_failed = time.monotonic(), 0
     with ProcessPoolExecutor(
-        num_processes, context, initializer=os.nice, initargs=(10,), max_tasks_per_child=RUNS_A_PROCESS
+        num_processes, context, os.nice, (10,), max_tasks_per_child=RUNS_A_PROCESS
     ) as pool:
-        futures = [pool.submit(do, job) for job in jobs]
-        for number, future in enumerate(as_completed(futures), 1):
-            record = future.result()
-            store.add(replace(record, commit=commit))
-            job, took = record.job, (time.monotonic() - begun) / number
+        jobs_of = {pool.submit(do, job): job for job in jobs}
+        for number, future in enumerate(as_completed(jobs_of), 1):
+            if (error := future.exception()) is None:
+                store.add(replace(future.result(), commit=commit))
+                said = in_words(future.result())
+            else:
+                num_failed += 1
+                said = f"failed: {error!r}"
+            left = (time.monotonic() - begun) / number * (len(jobs) - number) / 60
+            job = jobs_of[future]
             print(
                 f"{number}/{len(jobs)}  {job.regime} seed {job.seed}  {' '.join(job.settings)}  "
-                f"pass@1 {record.passed[0]:.2f} -> {record.passed[-1]:.2f}  "
-                f"{record.seconds['step']:.0f} s  {took * (len(jobs) - number) / 60:.0f} min left",
+                f"{said}  {left:.0f} min left",
                 flush=True,
             )
+    return num_failed
 
 
-def do(job: Job):
-    """In a process that has imported what a run needs."""
+def do(job: Job) -> Record:
+    """In a process that was forked from one that has imported all that a run needs."""
     from tools.studies.runs import do
 
     return do(job)
 
 
+def in_words(record: Record) -> str:
+    """What became of it, in a line."""
+    first, *_, last = record.passed
+    return f"pass@1 {first:.2f} to {last:.2f} in {record.seconds['step']:.0f} s"
+
+
 def expected_seconds(job: Job, store: Store) -> float:
     """By the runs of its regime that are there."""
     known = [r.seconds["step"] for r in store.records if r.job.regime == job.regime]
-    return statistics.fmean(known) if known else UNKNOWN_S
+    return fmean(known) if known else UNKNOWN_S
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,18 +19,18 @@ from tools.studies.table import (
     STUDIES,
     TUNED,
     TUNING_SEEDS,
-    Settings,
 )
 
 
-def job(regime: str, settings: Settings, lr: str, seed: int) -> Job:
-    """A run of the regime's budget."""
-    return Job(regime=regime, settings=tuple(sorted((*settings, f"optimizer.lr={lr}"))), seed=seed)
+def job(regime: str, arm: str, lr: str, seed: int) -> Job:
+    """The arm's run."""
+    settings = (*ARMS[arm], f"optimizer.lr={lr}")
+    return Job(regime=regime, settings=tuple(sorted(settings)), seed=seed)
 
 
 def sweep(regime: str) -> list[Job]:
     """The runs that choose a regime's learning rate."""
-    return [job(regime, ARMS[TUNED], lr, seed) for seed in TUNING_SEEDS for lr in LEARNING_RATES]
+    return [job(regime, TUNED, lr, seed) for seed in TUNING_SEEDS for lr in LEARNING_RATES]
 
 
 def sweep_areas(regime: str, store: Store) -> dict[str, list[float]]:
@@ -38,7 +38,7 @@ def sweep_areas(regime: str, store: Store) -> dict[str, list[float]]:
     areas: dict[str, list[float]] = {lr: [] for lr in LEARNING_RATES}
     for lr in LEARNING_RATES:
         for seed in TUNING_SEEDS:
-            if record := store.get(job(regime, ARMS[TUNED], lr, seed)):
+            if record := store.get(job(regime, TUNED, lr, seed)):
                 areas[lr].append(token_area(record, REGIMES[regime].budget))
     return areas
 
@@ -74,7 +74,7 @@ def reported(
         for regime in regimes:
             lr = best_lr(regime, store)
             if lr is not None and seed < each.num_seeds[regime]:
-                found += [job(regime, ARMS[arm], lr, seed) for arm in each.arms[:num_arms]]
+                found += [job(regime, arm, lr, seed) for arm in each.arms[:num_arms]]
     return found
 
 

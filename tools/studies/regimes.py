@@ -1,4 +1,4 @@
-"""Where methods are compared: a task, its warm-started policy, its reward, and what a run may spend.
+"""Where methods are compared: task, warm-started policy, reward, and what a run may spend.
 
     regime -> data and warm start on disk, overrides of examples/chain_arithmetic_cpu.yaml
 

@@ -18,6 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -45,8 +46,8 @@ from tools.studies.store import Job, Record
 MANY_STEPS = 10_000
 """The budget ends a run, the number of its steps never does."""
 FIXED = (f"num_steps={MANY_STEPS}", "max_logprob_diff=0.01", "run_dir=runs/claims")
-"""Of all runs. `max_logprob_diff`: the demo's bound is an alarm for its small learning rate; a sharper policy
-amplifies fp32 rounding. Nothing is written to `run_dir`."""
+"""Of all runs. The demo's bound on differences is an alarm for its small learning rate; a sharper
+policy amplifies fp32 rounding. Nothing is written to `run_dir`."""
 PASS = "eval/held_out/pass_at_1"
 
 
@@ -122,7 +123,6 @@ class Counts:
 def do(job: Job) -> Record:
     """The run itself."""
     here, regime = workplace(), REGIMES[job.regime]
-    budget = job.budget or regime.budget
     overrides = [*regime.overrides, *FIXED, f"seed={job.seed}", *job.settings]
     cfg = load_config(CONFIG, overrides)
     inputs = read_inputs(cfg, num_processes=1)
@@ -134,7 +134,7 @@ def do(job: Job) -> Record:
 
     def evaluate() -> Sums:
         evaluated = run.evaluate()
-        if lines.tokens >= budget:
+        if lines.tokens >= regime.budget:
             raise BudgetSpent(evaluated)
         return evaluated
 
@@ -152,7 +152,7 @@ def record(job: Job, run: Run, lines: Sequence[Mapping[str, float]], counts: Cou
     *steps, _ = lines
     at = [index for index, line in enumerate(lines) if PASS in line]
     spent = [sum(line.get(name, 0.0) for name in GENERATED) for line in lines]
-    intervals = [range(a, b) for a, b in zip(at, at[1:], strict=False)]
+    intervals = [range(a, b) for a, b in pairwise(at)]
 
     def means(name: str) -> list[float | None]:
         found = [[steps[i][name] for i in each if name in steps[i]] for each in intervals]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -19,14 +19,12 @@ class Job:
     settings: tuple[str, ...]
     """Sorted overrides: the method and its learning rate, `key=value`."""
     seed: int
-    budget: int = 0
-    """Generated tokens; 0: the regime's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What is kept of a run. Lists have an entry for each evaluation; those of training metrics one for
-    each interval between two, None where there was no such rollout."""
+    """What is kept of a run. Lists have an entry for each evaluation; those of training metrics one
+    for each interval between two, None where there was no such rollout."""
 
     job: Job
     step: list[int]
@@ -36,7 +34,7 @@ class Record:
     """Held-out pass@1."""
     base: list[float | None]
     """Pass rate of base rollouts that are trained ..."""
-    fresh: list[float | None]
+    fresh: list[float]
     """... and of all fresh ones."""
     suffix: list[float | None]
     exact: list[float | None]
@@ -87,15 +85,15 @@ def dump(record: Record) -> str:
     """One line."""
     values = asdict(record)
     job = values.pop("job")
-    del job["regime"]
-    if not job["budget"]:
-        del job["budget"]
-    return json.dumps({"regime": record.job.regime, **job, **values}, separators=(",", ":")) + "\n"
+    return json.dumps(job | values, separators=(",", ":")) + "\n"
 
 
 def parse(line: str) -> Record:
     """Of `dump`."""
     values = json.loads(line)
-    names = [each.name for each in fields(Job)]
-    job = {name: values.pop(name) for name in names if name in values}
-    return Record(job=Job(**job | {"settings": tuple(job["settings"])}), **values)
+    job = Job(
+        regime=values.pop("regime"),
+        settings=tuple(values.pop("settings")),
+        seed=values.pop("seed"),
+    )
+    return Record(job=job, **values)

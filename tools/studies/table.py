@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 TUNING_SEEDS = (900, 901, 902)
 """Chose each regime's learning rate, by GRPO's area under the curve over tokens; never reported."""
+SEEDS = range(10)
+"""What is reported; the first so many, where a study asks for fewer."""
 LEARNING_RATES = ("0.0002", "0.0003", "0.00045", "0.0007", "0.001")
 TUNED = "grpo"
 """The arm that is tuned: all others use its learning rate."""
@@ -133,3 +135,6 @@ STAGES: Sequence[tuple[str, Sequence[str], int]] = (
     ("methods", ("u8", "m8", "k8", "f8"), 99),
 )
 """(study, regimes, its first so many arms): what matters most comes first."""
+
+QUICK, QUICK_SEEDS = ("rrpo", "srpo"), range(3)
+"""What `--quick` compares in h8."""
