@@ -85,8 +85,9 @@ STUDIES: Mapping[str, Study] = {
     "methods": Study(
         title="Methods, credit and shapes",
         arms=(
-            *("grpo", "srpo", "chain26", "rrpo", "half", "oracle", "chain", "chain26 random"),
-            *("chain26 half", "srpo26", "chain26 dead", "prompt", "chain26 masked"),
+            *("grpo", "srpo", "chain26", "rrpo", "half"),
+            *("chain26 random", "chain", "oracle", "chain26 half", "chain26 masked"),
+            *("srpo26", "chain26 dead", "prompt"),
         ),
         baseline="grpo",
         num_seeds={"h8": 10, **SEVEN},
@@ -124,7 +125,7 @@ STUDIES: Mapping[str, Study] = {
 }
 
 STAGES: Sequence[tuple[str, Sequence[str], int]] = (
-    ("methods", ("h8",), 8),
+    ("methods", ("h8",), 5),
     ("methods", ("u8", "m8", "k8", "f8"), 5),
     ("methods", ("h8",), 99),
     ("localization", ("h8",), 99),
