@@ -90,9 +90,10 @@ def work(jobs: Sequence[Job], store: Store, *, num_processes: int) -> int:
     context = get_context("forkserver")
     context.set_forkserver_preload(["tools.studies.runs"])
     begun, num_failed = time.monotonic(), 0
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         num_processes, context, os.nice, (10,), max_tasks_per_child=RUNS_A_PROCESS
-    ) as pool:
+    )
+    try:
         jobs_of = {pool.submit(do, job): job for job in jobs}
         for number, future in enumerate(as_completed(jobs_of), 1):
             if (error := future.exception()) is None:
@@ -108,6 +109,8 @@ def work(jobs: Sequence[Job], store: Store, *, num_processes: int) -> int:
                 f"{said}  {left:.0f} min left",
                 flush=True,
             )
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever interrupts waits for the runs in progress
     return num_failed
 
 
