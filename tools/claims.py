@@ -58,12 +58,14 @@ def main() -> int:
     if arguments.quick:
         print(quick(store, ROOT / "runs/claims_quick", num_processes=arguments.jobs))
         return 0
+    if arguments.page:
+        write_page(store, PAGE, FOLDER)
+        return 0
     num_failed = 0
-    if not arguments.page:
-        chosen = {"only": arguments.only, "regimes": arguments.regimes}
-        for jobs in plan.stages(store, seeds=range(int(first), int(end)), **chosen):
-            num_failed += work(jobs, store, num_processes=arguments.jobs)
-    write_page(store, PAGE, FOLDER)
+    chosen = {"only": arguments.only, "regimes": arguments.regimes}
+    for jobs in plan.stages(store, seeds=range(int(first), int(end)), **chosen):
+        num_failed += work(jobs, store, num_processes=arguments.jobs)
+        write_page(store, PAGE, FOLDER)
     return 1 if num_failed else 0
 
 
