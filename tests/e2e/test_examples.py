@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ThoughtConfig
+from megatron_srpo.extensions import find
 from megatron_srpo.thoughts import split_thoughts
 from megatron_srpo.tokenizer import HFTokenizer
+from megatron_srpo.types import Prompt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -107,3 +110,61 @@ def test_thoughts_end_in_the_middle_of_tokens_and_are_found_all_the_same(words: 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_config_is_right(path: Path) -> None:
     assert load_config(path).run_dir.parts[0] == "runs"
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "f8"
+    assert write("chain_regimes.py", Path("f8"), str(out)).returncode == 0
+    return out
+
+
+def solved(folder: Path) -> list[dict]:
+    """Demonstrations of problems that are in no other file, beside their right digits."""
+    return [row for row in rows(folder, "sft") if "?" not in row["prompt"]]
+
+
+def right_digits(prompt: str) -> list[str]:
+    digit, right = int(prompt[0]), []
+    for sign, operand in re.findall(r"([-+*])(\d)", prompt):
+        total = {"+": digit + int(operand), "-": digit - int(operand)}
+        digit = total.get(sign, digit * int(operand)) % 10
+        right.append(str(digit))
+    return [*right, right[-1]]
+
+
+def test_filler_decides_nothing_and_mistakes_come_late(filled: Path) -> None:
+    for row in solved(filled)[:500]:
+        lines = row["response"].split("\n")
+        assert all(len(line) == 4 and line[1:].strip() == "" for line in lines)
+    wrong = [
+        [a != b for a, b in zip(map(str.strip, row["response"].split("\n")), right, strict=True)]
+        for row in solved(filled)
+        if (right := right_digits(row["prompt"]))
+    ]
+    early = sum(any(each[:4]) for each in wrong) / len(wrong)
+    late = sum(any(each) for each in wrong) / len(wrong)
+    assert early < 0.06 and 0.7 < late < 0.95
+
+
+def test_filler_survives_the_tokenizer_a_token_a_character(filled: Path) -> None:
+    tokenizer = HFTokenizer(filled / "model")
+    for row in rows(filled, "sft")[:200]:
+        token_ids = tokenizer.encode(row["response"])
+        assert len(token_ids) == len(row["response"])
+        assert "".join(tokenizer.pieces(token_ids)) == row["response"]
+
+
+def test_the_strict_reward_wants_every_thought_right() -> None:
+    reward = find(f"{EXAMPLES / 'chain_reward.py'}:all_thoughts", {}, key="reward")
+    prompt = Prompt(
+        id="p", text="", token_ids=np.zeros(0, np.int32), answer="3", solution=("1", "3", "3")
+    )
+    assert reward(prompt, "1\n3\n3").correct and reward(prompt, "1 \t\n3\f\n3\v").correct
+    for response in ("2\n3\n3", "1\n3", "1\n3\n3\n", "1\n3\n3\n3", ""):
+        assert not reward(prompt, response).correct, response
+
+
+def test_a_variant_does_not_take_another_s_folder(filled: Path) -> None:
+    other = write("chain_regimes.py", Path("u8"), str(filled))
+    assert other.returncode == 2 and "already holds f8" in other.stderr

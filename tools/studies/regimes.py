@@ -36,12 +36,16 @@ class Regime:
     @property
     def data(self) -> Path:
         """Its folder, relative to the repository."""
-        return Path("data") / (DEMO if self.name == "h8" else f"chain_regimes/{self.name}")
+        return Path("data") / self._place
 
     @property
     def warm_start(self) -> Path:
         """The run that made the policy, relative to the repository."""
-        return Path("runs") / (f"{DEMO}_warm_start" if self.name == "h8" else self.data)
+        return Path("runs") / (f"{DEMO}_warm_start" if self.name == "h8" else self._place)
+
+    @property
+    def _place(self) -> str:
+        return DEMO if self.name == "h8" else f"chain_regimes/{self.name}"
 
     @property
     def overrides(self) -> list[str]:
@@ -80,6 +84,7 @@ FILLED = (
     "rollout.max_model_len=192",
     "localize.max_tokens=48",
     "thoughts.max_tokens=8",
+    "sft.num_steps=1280",  # what must be looked up is two and a half times as far away
 )
 REGIMES = {
     regime.name: regime
