@@ -1,6 +1,7 @@
 # make train   a policy learns by resets on this machine's CPU (no downloads of weights or data)
 # make test    unit, parallel and end-to-end tests
 # make test-slow   what takes too long for every change
+# make claims  where resets pay, by this project's own loop: hours of a CPU; stop it and go on as you like
 # make check   lint, types, architecture, unit tests
 #
 # make train ARGS="algorithm.resets=none run_dir=runs/grpo" passes overrides on.
@@ -14,7 +15,7 @@ ARGS ?=
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 
-.PHONY: train test test-slow check lint lint-page mutate clean
+.PHONY: train test test-slow claims check lint lint-page mutate clean
 
 train: data/chain_arithmetic/DONE runs/chain_arithmetic_warm_start/hf/config.json
 	$(BIN)/megatron-srpo train $(CONFIG) $(ARGS)
@@ -31,6 +32,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest tests -m slow
+
+claims: $(VENV)/installed
+	$(BIN)/python tools/claims.py $(ARGS)
 
 check: lint
 	$(BIN)/python -m pytest tests/unit

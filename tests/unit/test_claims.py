@@ -58,7 +58,7 @@ def tuned(folder: Path, *, regime: str = "h8", best: str = "0.0003") -> Store:
     """A store whose sweep is done."""
     store = Store(folder)
     for lr in LEARNING_RATES:
-        for seed in TUNING_SEEDS:
+        for seed in TUNING_SEEDS[regime]:
             store.add(run(TUNED, seed, 0.8 if lr == best else 0.5, lr=lr, regime=regime))
     return store
 
@@ -202,7 +202,7 @@ def test_the_learning_rate_is_that_of_the_best_mean_when_the_sweep_is_whole(tmp_
     assert plan.best_lr("h8", store) == "0.0007"
     partial = Store(tmp_path / "partial")
     for lr in LEARNING_RATES:
-        partial.add(run(TUNED, TUNING_SEEDS[0], 0.8, lr=lr))
+        partial.add(run(TUNED, TUNING_SEEDS["h8"][0], 0.8, lr=lr))
     assert plan.best_lr("h8", partial) is None
     assert plan.reported("methods", ["h8"], 1, range(1), partial) == []
 
@@ -210,8 +210,8 @@ def test_the_learning_rate_is_that_of_the_best_mean_when_the_sweep_is_whole(tmp_
 def test_a_sweep_comes_before_what_it_decides(tmp_path: Path):
     stages = plan.stages(Store(tmp_path), only=["methods"], regimes=["u8"], seeds=SEEDS)
     first = next(stages)
-    assert {job.seed for job in first} == set(TUNING_SEEDS)
-    assert len(first) == len(TUNING_SEEDS) * len(LEARNING_RATES)
+    assert {job.seed for job in first} == set(TUNING_SEEDS["u8"])
+    assert len(first) == len(TUNING_SEEDS["u8"]) * len(LEARNING_RATES)
 
 
 def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path: Path):
@@ -221,7 +221,7 @@ def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path: Path):
 
 
 def test_seeds_that_chose_report_nothing(tmp_path: Path):
-    assert not set(SEEDS) & set(TUNING_SEEDS)
+    assert all(not set(SEEDS) & set(seeds) for seeds in TUNING_SEEDS.values())
     with pytest.raises(AssertionError, match="not reported"):
         plan.reported("methods", ["h8"], 1, range(900, 901), tuned(tmp_path))
 

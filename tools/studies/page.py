@@ -75,10 +75,11 @@ def write_page(store: Store, page: Path, pictures: Path) -> None:
 
 def _origin(store: Store) -> str:
     commits = sorted({record.commit for record in store.records})
+    tuning = sorted({seed for seeds in TUNING_SEEDS.values() for seed in seeds})
     return (
         f"{len(store.records)} runs, made at commits {', '.join(commits)}. Seeds "
-        f"{', '.join(map(str, TUNING_SEEDS))} chose the learning rates and are reported nowhere "
-        f"else; seeds {SEEDS.start} to {SEEDS.stop - 1} are reported, and chose nothing.\n"
+        f"{', '.join(map(str, tuning))} chose the learning rates and are reported nowhere else; "
+        f"seeds {SEEDS.start} to {SEEDS.stop - 1} are reported, and chose nothing.\n"
     )
 
 
@@ -100,12 +101,12 @@ def regimes_part(store: Store) -> str:
             ]
         )
         areas = sweep_areas(name, store)
-        tuned.append([name, *(spread(areas[lr]) for lr in LEARNING_RATES)])
+        seeds = ", ".join(map(str, TUNING_SEEDS[name]))
+        tuned.append([name, seeds, *(spread(areas[lr]) for lr in LEARNING_RATES)])
     header = ["regime", "what", "prompts a step", "tokens", "start pass@1"]
     header += ["exact, first steps", "clean", "learning rate"]
-    seeds = ", ".join(map(str, TUNING_SEEDS))
-    words = f"AUC per token of {TUNED} by learning rate, on seeds {seeds}:\n"
-    tuning = table(["regime", *LEARNING_RATES], tuned)
+    words = f"AUC per token of {TUNED} by learning rate:\n"
+    tuning = table(["regime", "seeds", *LEARNING_RATES], tuned)
     return "\n".join(["## Regimes\n", table(header, rows), words, tuning])
 
 

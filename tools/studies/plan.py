@@ -30,14 +30,14 @@ def job(regime: str, arm: str, lr: str, seed: int) -> Job:
 
 def sweep(regime: str) -> list[Job]:
     """The runs that choose a regime's learning rate."""
-    return [job(regime, TUNED, lr, seed) for seed in TUNING_SEEDS for lr in LEARNING_RATES]
+    return [job(regime, TUNED, lr, seed) for seed in TUNING_SEEDS[regime] for lr in LEARNING_RATES]
 
 
 def sweep_areas(regime: str, store: Store) -> dict[str, list[float]]:
     """Learning rate -> the area of each of its runs; of those that are there."""
     areas: dict[str, list[float]] = {lr: [] for lr in LEARNING_RATES}
     for lr in LEARNING_RATES:
-        for seed in TUNING_SEEDS:
+        for seed in TUNING_SEEDS[regime]:
             if record := store.get(job(regime, TUNED, lr, seed)):
                 areas[lr].append(token_area(record, REGIMES[regime].budget))
     return areas
@@ -46,7 +46,7 @@ def sweep_areas(regime: str, store: Store) -> dict[str, list[float]]:
 def best_lr(regime: str, store: Store) -> str | None:
     """That of the largest mean area; None while a run of the sweep is missing."""
     areas = sweep_areas(regime, store)
-    if any(len(values) < len(TUNING_SEEDS) for values in areas.values()):
+    if any(len(values) < len(TUNING_SEEDS[regime]) for values in areas.values()):
         return None
     return max(LEARNING_RATES, key=lambda lr: fmean(areas[lr]))
 
@@ -67,7 +67,8 @@ def reported(
     study: str, regimes: Sequence[str], num_arms: int, seeds: range, store: Store
 ) -> list[Job]:
     """Of the study's seeds those in `seeds`."""
-    assert not set(seeds) & set(TUNING_SEEDS), "seeds that chose a learning rate are not reported"
+    tuning = {seed for regime in regimes for seed in TUNING_SEEDS[regime]}
+    assert not tuning & set(seeds), "seeds that chose a learning rate are not reported"
     each = STUDIES[study]
     found: list[Job] = []
     for seed in seeds:
