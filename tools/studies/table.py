@@ -25,6 +25,7 @@ SHAPE_26 = ("algorithm.split=1x6",)
 EXTRA = ("algorithm.seeds=extra_draws",)
 HALF = ("credit.baseline=half",)
 CHAIN_26 = ("algorithm.resets=self", *CHAIN, *SHAPE_26)
+UNLABELLED = ("retention.data=null",)
 FOUR = ("loss.updates_per_batch=4",)
 
 
@@ -60,11 +61,11 @@ ARMS: Mapping[str, Settings] = {
         f"dial {q}": (*resets("dial"), f"algorithm.dial={q}", *CHAIN, *SHAPE_26)
         for q in ("0.0", "0.25", "0.5", "0.75", "1.0")
     },
-    "chain26 initial": (*CHAIN_26, "retention.source=initial"),
-    "chain26 verified": (*CHAIN_26, "retention.source=verified"),
-    "chain26 none": (*CHAIN_26, "retention.data=null"),
-    "srpo none": (*resets("self"), "retention.data=null"),
-    "grpo none": (*resets("none"), "retention.data=null"),
+    "chain26 initial": (*CHAIN_26, *UNLABELLED, "retention.source=initial"),
+    "chain26 verified": (*CHAIN_26, *UNLABELLED, "retention.source=verified"),
+    "chain26 none": (*CHAIN_26, *UNLABELLED),
+    "srpo none": (*resets("self"), *UNLABELLED),
+    "grpo none": (*resets("none"), *UNLABELLED),
 }
 
 
