@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -132,7 +132,7 @@ def in_words(record: Record) -> str:
 def expected_seconds(job: Job, store: Store) -> float:
     """By the runs of its regime that are there."""
     known = [r.seconds["step"] for r in store.records if r.job.regime == job.regime]
-    return fmean(known) if known else UNKNOWN_S
+    return median(known) if known else UNKNOWN_S
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from tools.studies.analysis import correction, merged, paired, thirds, token_area
 from tools.studies.cells import mean, shown, spread, table
@@ -97,7 +97,8 @@ def bias_part(store: Store, seeds: range) -> str:
 def cost_part(store: Store, seeds: range) -> str:
     """What a method spends its tokens and its time on."""
     words = (
-        "Shares of generated tokens, and of time without evaluations (one core); means over runs.\n"
+        "Shares of generated tokens, and of time without evaluations: medians over runs, on two "
+        "cores that other work shared.\n"
     )
     parts = ["## Cost\n", words]
     for name in REGIMES:
@@ -113,17 +114,17 @@ def _cost(records: Sequence[Record]) -> list[str]:
     tokens = [sum(r.kinds.values()) for r in records]
     seconds = [r.seconds["step"] - r.seconds.get("eval", 0.0) for r in records]
     kinds = [
-        fmean(r.kinds[kind] / all_ for r, all_ in zip(records, tokens, strict=True))
+        median(r.kinds[kind] / all_ for r, all_ in zip(records, tokens, strict=True))
         for kind in KINDS
     ]
     phases = [
-        fmean(r.seconds.get(phase, 0.0) / all_ for r, all_ in zip(records, seconds, strict=True))
+        median(r.seconds.get(phase, 0.0) / all_ for r, all_ in zip(records, seconds, strict=True))
         for phase in PHASES
     ]
     return [
         *(f"{share:.0%}" for share in kinds),
-        f"{fmean(seconds):.0f}",
+        f"{median(seconds):.0f}",
         *(f"{share:.0%}" for share in phases),
-        f"{fmean(t / s for t, s in zip(tokens, seconds, strict=True)):.0f}",
+        f"{median(t / s for t, s in zip(tokens, seconds, strict=True)):.0f}",
         f"{fmean(r.length for r in records):.1f}",
     ]

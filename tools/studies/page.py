@@ -112,17 +112,19 @@ def regimes_part(store: Store) -> str:
 
 def _study(name: str, study: Study, store: Store, pictures: Path) -> Iterator[str]:
     """A table for each regime that has runs of two arms at least."""
-    yield f"## {study.title}\n"
+    title = f"## {study.title}\n"
     for regime_name, num_seeds in study.num_seeds.items():
         regime = REGIMES[regime_name]
         by = runs_of(study.arms, regime_name, SEEDS[:num_seeds], store)
         if len(by) < 2 or study.baseline not in by:
             continue
+        yield title
+        title = ""
         yield f"### {regime_name}: {regime.title}\n"
         if name == "methods":
             drawn = {arm: [*by[arm].values()] for arm in DRAWN if arm in by}
-            title, steps = f"{regime_name}: held-out pass@1 over seeds", common_steps(by)
+            words, steps = f"{regime_name}: held-out pass@1 over seeds", common_steps(by)
             out = pictures / regime_name
-            draw_curves(drawn, out, title=title, budget=regime.budget, num_steps=steps)
+            draw_curves(drawn, out, title=words, budget=regime.budget, num_steps=steps)
             yield f"![{regime_name}](../benchmarks/claims/{regime_name}.svg)\n"
         yield comparison(by, study.baseline, regime)
