@@ -95,6 +95,8 @@ def test_a_threshold_is_reached_between_two_evaluations_or_never():
     assert tokens_to(record, 0.4) == pytest.approx(125)
     assert tokens_to(record, 0.1) == 0
     assert tokens_to(record, 0.8) == math.inf
+    falling = replace(record, passed=[0.5, 0.4, 0.3])
+    assert tokens_to(falling, 0.45) == 0
 
 
 def test_a_ratio_of_never_to_a_number_counts_and_of_never_to_never_does_not():
@@ -215,9 +217,10 @@ def test_a_sweep_comes_before_what_it_decides(tmp_path: Path):
 
 
 def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path: Path):
-    jobs = plan.reported("methods", ["h8"], 99, range(3), tuned(tmp_path))
+    tuned(tmp_path)
+    jobs = plan.reported("methods", ["h8", "u8"], 99, range(3), tuned(tmp_path, regime="u8"))
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
-    assert len(jobs) == 3 * len(STUDIES["methods"].arms)
+    assert len(jobs) == 2 * 3 * len(STUDIES["methods"].arms)
 
 
 def test_seeds_that_chose_report_nothing(tmp_path: Path):
