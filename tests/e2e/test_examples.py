@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_srpo.config_file import load_config
-from megatron_srpo.config_sections import ThoughtConfig
+from megatron_srpo.config_method import ThoughtConfig
 from megatron_srpo.extensions import find
 from megatron_srpo.thoughts import split_thoughts
 from megatron_srpo.tokenizer import HFTokenizer
