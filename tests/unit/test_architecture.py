@@ -18,7 +18,7 @@ LEVELS = (
     "exit_codes run_folder staging shared_folder",
     "algorithm draws restarts rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics payoff stopwatch "
-    "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels",
+    "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels theory",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate held_out "
     "eval_table evaluate_model compare exchange replica export inputs sft retention assembly train "
@@ -151,6 +151,11 @@ def test_the_engines_do_not_know_each_other():
         for one, other in (("megatron", "vllm"), ("vllm", "megatron")):
             if name.startswith(f"engines.{one}"):
                 assert not any(i.startswith(f"engines.{other}") for i in own_imports(name))
+
+
+def test_nothing_in_the_package_depends_on_the_theory():
+    outside = [name for name in TREES if not name.startswith("theory")]
+    assert not [name for name in outside if any("theory" in i for i in own_imports(name))]
 
 
 @pytest.mark.parametrize("name", PURE)
