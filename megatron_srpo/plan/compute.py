@@ -7,6 +7,8 @@ added to the computation, that of gradients only without `parallel.overlap`.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -21,8 +23,9 @@ from megatron_srpo.plan.hardware import (
     TRAIN_SHARE,
 )
 from megatron_srpo.plan.memory import WIDE, engine_weight_bytes, optimizer_bytes
-from megatron_srpo.plan.parameters import active_per_layer, counts_of, layers_of, rollout_weights
+from megatron_srpo.plan.parameters import active_weights, counts_of, layers_of, rollout_weights
 from megatron_srpo.plan.setup import Setup
+from megatron_srpo.plan.shape import Shape
 from megatron_srpo.plan.tokens import Stage, StepTokens, evaluation, step_tokens
 
 
@@ -111,8 +114,7 @@ def _train(setup: Setup, tokens: StepTokens) -> Training:
         num = ceil(num / parallel.pp) * parallel.pp
     size, wanted = per_update / num, tokens.wanted / tokens.trained
     slowest = max(
-        _stage_s(setup, stage, size, wanted, tokens.sequence_length)
-        for stage in range(parallel.pp)
+        _stage_s(setup, stage, size, wanted, tokens.sequence_length) for stage in range(parallel.pp)
     )
     filling = (parallel.pp - 1) / parallel.vpp
     backward_s = (num + filling) * slowest
@@ -130,39 +132,38 @@ def _train(setup: Setup, tokens: StepTokens) -> Training:
     )
 
 
-def _attention_flops(setup: Setup, layer: int, length: float) -> float:
-    """Forward, of a token in a sequence of mean length: scores and their sum, under a causal mask
-    half of it, or a window."""
-    window = setup.shape.windows[layer]
-    seen = length / 2 if window is None else min(length / 2, window)
-    return 4 * seen * setup.shape.q_width
+def _attention_flops(shape: Shape, layers: Sequence[int], seen: float) -> float:
+    """Forward, of a token in these layers, behind so many others: scores, and what they weigh."""
+    windows = Counter(shape.windows[layer] for layer in layers)
+    tokens = sum(n * (seen if w is None else min(seen, w)) for w, n in windows.items())
+    return 4 * tokens * shape.q_width
+
+
+def _forward_flops(shape: Shape, layers: Sequence[int], seen: float) -> float:
+    return 2 * active_weights(shape, layers) + _attention_flops(shape, layers, seen)
 
 
 def _train_flops(setup: Setup, tokens: StepTokens) -> float:
     shape = setup.shape
-    layers = range(shape.num_layers)
-    forward = sum(
-        2 * active_per_layer(shape, n) + _attention_flops(setup, n, tokens.sequence_length)
-        for n in layers
-    )
+    # Under a causal mask a token sees half of its sequence, in the mean.
+    forward = _forward_flops(shape, range(shape.num_layers), tokens.sequence_length / 2)
     return 3 * (tokens.trained * forward + tokens.wanted * 2 * shape.vocab * shape.hidden)
 
 
-def _stage_s(
-    setup: Setup, stage: int, num_tokens: float, wanted: float, length: float
-) -> float:
+def _stage_s(setup: Setup, stage: int, num_tokens: float, wanted: float, length: float) -> float:
     """Forward and backward pass of a micro-batch of `num_tokens`, of which the share `wanted` has a
     loss."""
     gpu, shape, parallel = setup.gpu, setup.shape, setup.cfg.parallel
-    layers = [*layers_of(shape, parallel, stage)]
+    layers = layers_of(shape, parallel, stage)
     passes = 4 if parallel.recompute == "full" else 3
-    linear = 2 * passes * sum(active_per_layer(shape, n) for n in layers)
-    attention = passes * sum(_attention_flops(setup, n, length) for n in layers)
+    linear = 2 * passes * active_weights(shape, layers)
+    attention = passes * _attention_flops(shape, layers, length / 2)
     is_last = stage == parallel.pp - 1
     head = 4 * 2 * shape.vocab * shape.hidden * wanted * is_last  # logits are made twice
     rate = TRAIN_SHARE * gpu.bf16_flops
-    linear_rate = FP8_SHARE * gpu.fp8_flops if setup.precision.train else rate
-    computed = num_tokens * (linear / linear_rate + (attention + head) / rate)
+    share = setup.fp8.share(shape.num_layers)
+    per_linear = share / (FP8_SHARE * gpu.fp8_flops) + (1 - share) / rate
+    computed = num_tokens * (linear * per_linear + (attention + head) / rate)
     computed /= parallel.tp * parallel.cp
     return computed + len(layers) * _layer_traffic_s(setup, num_tokens, passes)
 
@@ -239,16 +240,14 @@ def generation_s(setup: Setup, stage: Stage) -> float:
 
 def _rollout_rate(setup: Setup) -> float:
     """FLOPs per second of linear maps, which are most of it."""
-    return setup.gpu.fp8_flops if setup.precision.rollout else setup.gpu.bf16_flops
+    return setup.gpu.fp8_flops if setup.fp8.rollout else setup.gpu.bf16_flops
 
 
 def _token_flops(setup: Setup, context: float) -> float:
     """Forward, with logits, behind so many tokens."""
     shape = setup.shape
-    layers = range(shape.num_layers)
-    linear = sum(active_per_layer(shape, n) for n in layers)
-    attention = sum(_attention_flops(setup, n, 2 * context) for n in layers)
-    return 2 * linear + attention + 2 * shape.vocab * shape.hidden
+    head = 2 * shape.vocab * shape.hidden
+    return _forward_flops(shape, range(shape.num_layers), context) + head
 
 
 def _generation_flops(setup: Setup, stage: Stage) -> float:

@@ -1,16 +1,17 @@
-"""What does each phase hold on a GPU?   setup -> bytes, on the stage of the pipeline that needs most
+"""What does each phase hold on a GPU?   setup -> bytes, of the pipeline's stage that needs most
 
     generate    the learner's weights, the engine's, keys and values
     train       the learner; the engine sleeps at level 2 and holds nothing
     sync        the learner's weights, the engine's, and the largest tensor on its way
-    checkpoint  as in generate, and a part of the optimizer's state on its way to the host
+    checkpoint  the learner, and a part of the optimizer's state on its way to the host
 
-The optimizer's state is in host memory but in `train`, and gradients are nowhere: a step begins
-with none. Every number is of the largest micro-batch that the config allows.
+While the engine is awake the optimizer's state is in host memory, and gradients are nowhere: a step
+begins with none. Every number is of the largest micro-batch that the config allows.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -70,21 +71,20 @@ def _of_stage(setup: Setup, stage: int) -> tuple[PhaseMemory, ...]:
     parked = optimizer + setup.element_bytes * counts.total * (setup.cfg.loss.kl_coef > 0)
     sampled = engine_weight_bytes(setup)
     engine = {"weights": weights, "stage": stage, "rollout_weights": sampled}
-    cache = {"kv_cache": setup.cfg.rollout.kv_cache_bytes}
+    learner = {
+        "weights": weights, "stage": stage, "gradients": WIDE * counts.total, "optimizer": optimizer
+    }  # fmt: skip
     return (
         PhaseMemory(
             phase="generate",
             **engine,
-            **cache,
+            kv_cache=setup.cfg.rollout.kv_cache_bytes,
             workspace=_engine_workspace(setup),
             host=parked,
         ),
         PhaseMemory(
             phase="train",
-            stage=stage,
-            weights=weights,
-            gradients=WIDE * counts.total,
-            optimizer=optimizer,
+            **learner,
             activations=activation_bytes(setup, stage),
             head=head_bytes(setup) if stage == setup.cfg.parallel.pp - 1 else 0,
             host=parked - optimizer,
@@ -92,21 +92,19 @@ def _of_stage(setup: Setup, stage: int) -> tuple[PhaseMemory, ...]:
         PhaseMemory(phase="sync", **engine, workspace=_on_its_way(setup), host=parked),
         PhaseMemory(
             phase="checkpoint",
-            **engine,
-            **cache,
+            **learner,
             workspace=_gathered_state(setup, counts),
-            # Megatron's `fully_reshardable`: all copies' shares, on every rank, beside its own.
-            host=parked + 3 * WIDE * counts.total + weights,
+            # Megatron's `fully_reshardable`: all copies' shares, on every rank.
+            host=parked - optimizer + 3 * WIDE * counts.total + weights,
         ),
     )
 
 
 def weight_bytes(setup: Setup, counts: Counts) -> int:
     """Of the learner's parameters on a rank."""
-    precision, element = setup.precision, setup.element_bytes
-    if precision.param_gather:
-        return element * (counts.total - counts.linear) + 2 * counts.linear
-    return element * counts.total + 2 * counts.linear * precision.train
+    element, copies = setup.element_bytes, setup.fp8.share(setup.shape.num_layers) * counts.linear
+    kept = counts.total - copies * setup.fp8.param_gather
+    return round(element * kept + 2 * copies)
 
 
 def optimizer_bytes(setup: Setup, counts: Counts) -> int:
@@ -119,7 +117,7 @@ def optimizer_bytes(setup: Setup, counts: Counts) -> int:
 def engine_weight_bytes(setup: Setup) -> int:
     """Of a rank of a rollout engine."""
     total, linear = rollout_weights(setup.shape, setup.cfg.rollout.tp)
-    return setup.element_bytes * total - linear * setup.precision.rollout
+    return setup.element_bytes * total - linear * setup.fp8.rollout
 
 
 def activation_bytes(setup: Setup, stage: int) -> int:
@@ -127,16 +125,16 @@ def activation_bytes(setup: Setup, stage: int) -> int:
     of a layer needs beside it."""
     parallel, shape = setup.cfg.parallel, setup.shape
     tokens = setup.micro_batch_tokens // parallel.cp
-    layers = [*layers_of(shape, parallel, stage)]
-    kept = [tokens * layer_bytes(setup, layer) for layer in layers]
-    largest = max(kept)
+    layers = layers_of(shape, parallel, stage)
+    kinds = Counter(layer in shape.expert_layers for layer in layers)
+    sizes = {kind: tokens * layer_bytes(setup, is_sparse=kind) for kind in kinds}
+    kept, again = sum(num * sizes[kind] for kind, num in kinds.items()), 0
     if parallel.recompute == "full":
-        kept = [tokens * setup.element_bytes * shape.hidden // parallel.tp] * len(layers)
-    else:
-        largest = 0
+        kept = len(layers) * tokens * setup.element_bytes * shape.hidden // parallel.tp
+        again = max(sizes.values())
     # The layer's input and its gradient are gathered over tensor parallel ranks.
     around = tokens * setup.element_bytes * (2 * shape.hidden + 4 * shape.ffn // parallel.tp)
-    return round(_in_flight(setup, stage) * sum(kept)) + largest + around
+    return round(_in_flight(setup, stage) * kept) + again + around
 
 
 def _in_flight(setup: Setup, stage: int) -> float:
@@ -148,7 +146,7 @@ def _in_flight(setup: Setup, stage: int) -> float:
     return ((pp - stage - 1) * 2 + (vpp - 1) * pp + 1) / vpp
 
 
-def layer_bytes(setup: Setup, layer: int) -> int:
+def layer_bytes(setup: Setup, *, is_sparse: bool) -> int:
     """That a layer keeps of a token on a tensor parallel rank, without recomputation.
 
     Norms keep what goes in and linear maps what goes in; attention keeps queries and keys before
@@ -158,7 +156,7 @@ def layer_bytes(setup: Setup, layer: int) -> int:
     shape, tp, ep = setup.shape, setup.cfg.parallel.tp, setup.cfg.parallel.ep
     q, kv, hidden = shape.q_width, shape.kv_width, shape.hidden
     attention = 2 * hidden + (q + 2 * kv) + (q + kv) + q
-    if layer in shape.expert_layers:
+    if is_sparse:
         gathered = 1 if ep > 1 else tp
         mlp = 2 * hidden + shape.top_k * (2 * hidden * gathered + 5 * shape.expert_ffn)
     else:
@@ -187,7 +185,7 @@ def fused_head_bytes(tokens: int, columns: int, hidden: int, element: int) -> in
 
 
 def reference_head_bytes(tokens: int, columns: int, hidden: int, element: int) -> int:
-    """`engines/megatron/logprobs.py`: logits in fp32, and three more like them for the entropies."""
+    """`engines/megatron/logprobs.py`: logits in fp32, three more like them for entropies."""
     return tokens * hidden * element + tokens * columns * 4 * WIDE
 
 

@@ -70,7 +70,9 @@ def search_page(plans: Sequence[Plan]) -> Iterator[str]:
 def overrides(plan: Plan) -> str:
     """A layout; what is 1 is left out."""
     parallel, rollout = plan.setup.cfg.parallel, plan.setup.cfg.rollout
-    sizes = {f"parallel.{name}": getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep")}
+    sizes = {
+        f"parallel.{name}": getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep")
+    }
     words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     if parallel.recompute != "none":
         words.append(f"parallel.recompute={parallel.recompute}")
@@ -107,14 +109,14 @@ def assumptions(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"reached of them: training {hardware.TRAIN_SHARE:.0%} (FP8: {hardware.FP8_SHARE:.0%}), "
-        f"reading prompts {hardware.PREFILL_SHARE:.0%}, decoding {hardware.DECODE_SHARE:.0%} of the "
-        f"memory's rate and {hardware.ENGINE_STEP_S * 1e3:.0f} ms a token, large messages "
+        f"reading prompts {hardware.PREFILL_SHARE:.0%}, decoding {hardware.DECODE_SHARE:.0%} of "
+        f"the memory's rate and {hardware.ENGINE_STEP_S * 1e3:.0f} ms a token, large messages "
         f"{hardware.LINK_SHARE:.0%}, weight sync {hardware.SYNC_SHARE:.0%}"
     )
     yield (
-        f"{hardware.OVERHEAD_BYTES / GIB:.0f} GiB of each GPU are in nobody's tensors; micro-batches "
-        f"have {plan.setup.micro_batch_tokens} tokens, all with a loss; attention keeps no scores "
-        "(so recompute=attention saves nothing)"
+        f"{hardware.OVERHEAD_BYTES / GIB:.0f} GiB of each GPU are in nobody's tensors; "
+        f"micro-batches have {plan.setup.micro_batch_tokens} tokens, all with a loss; "
+        "attention keeps no scores (so recompute=attention saves nothing)"
     )
     yield (
         "the optimizer's state is in host memory while the engine is awake, gradients are dropped "

@@ -8,7 +8,7 @@ where nobody shares them (`engines/megatron/mesh.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_srpo.config_sections import ParallelConfig
@@ -32,12 +32,11 @@ class Counts:
         return self.dense + self.experts
 
 
-def layers_of(shape: Shape, parallel: ParallelConfig, stage: int) -> Iterator[int]:
+def layers_of(shape: Shape, parallel: ParallelConfig, stage: int) -> list[int]:
     """Of a pipeline stage, which holds `vpp` separate runs of them."""
     run = shape.num_layers // (parallel.pp * parallel.vpp)
-    for chunk in range(parallel.vpp):
-        first = (chunk * parallel.pp + stage) * run
-        yield from range(first, first + run)
+    firsts = [(chunk * parallel.pp + stage) * run for chunk in range(parallel.vpp)]
+    return [layer for first in firsts for layer in range(first, first + run)]
 
 
 def counts_of(shape: Shape, parallel: ParallelConfig, stage: int) -> Counts:
@@ -91,9 +90,13 @@ def rollout_weights(shape: Shape, tp: int) -> tuple[int, int]:
     return linear + others + tables + shape.hidden, linear
 
 
-def active_per_layer(shape: Shape, layer: int) -> int:
-    """Weights of a whole layer's linear maps that a token is multiplied with."""
-    if layer not in shape.expert_layers:
-        return attention_weights(shape) + 3 * shape.hidden * shape.ffn
+def active_weights(shape: Shape, layers: Sequence[int]) -> int:
+    """Weights of these whole layers' linear maps that a token is multiplied with."""
+    num_sparse = sum(layer in shape.expert_layers for layer in layers)
     router = shape.num_experts * shape.hidden
-    return attention_weights(shape) + router + 3 * shape.hidden * shape.expert_ffn * shape.top_k
+    chosen = 3 * shape.hidden * shape.expert_ffn * shape.top_k
+    return (
+        len(layers) * attention_weights(shape)
+        + (len(layers) - num_sparse) * 3 * shape.hidden * shape.ffn
+        + num_sparse * (router + chosen)
+    )

@@ -1,4 +1,4 @@
-"""Does it fit, what would, and which layout is the fastest?   setup -> `Plan`, or one line why not"""
+"""Does it fit, what would, which layout is the fastest?   setup -> `Plan`, or one line why not"""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def fits(setup: Setup) -> bool:
 def _advice(setup: Setup) -> str:
     change = smallest_change(setup)
     if change is None:
-        return (
-            f"no change of one setting fits; --search {setup.num_gpus} looks for several at once"
-        )
+        return f"no change of one setting fits; --search {setup.num_gpus} looks for several at once"
     return f"{change.word} fits"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 
 from megatron_srpo.config import Config
 from megatron_srpo.inputs import check_engine_fits, check_layout, check_prompts_divide
 from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.plan.eight_bits import EightBits
 from megatron_srpo.plan.hardware import Gpu
-from megatron_srpo.plan.precision import Precision
 from megatron_srpo.plan.shape import Shape
 from megatron_srpo.types import InputError
 
@@ -22,7 +22,7 @@ class Setup:
     shape: Shape
     gpu: Gpu
     num_gpus: int
-    precision: Precision = Precision()
+    fp8: EightBits = field(default_factory=EightBits)
 
     def check(self) -> None:
         """Raises `InputError` for what does not divide, as `train` would."""
@@ -83,6 +83,7 @@ class Setup:
             cp=parallel.cp,
             pp=parallel.pp,
             vpp=parallel.vpp,
+            fp8_multiple=self.fp8.token_multiple,
         )
         multiple = layout.total_multiple
         return max(layout.capacity, ceil(layout.padded(self.longest) / multiple) * multiple)

@@ -127,6 +127,4 @@ def _responses(
 ) -> Stage:
     """Of one prompt several: it is read once."""
     read = prompt * num_prompts / num if num else 0.0
-    return Stage(
-        name=name, num=num, context=prompt, read=read, generated=response, longest=longest
-    )
+    return Stage(name=name, num=num, context=prompt, read=read, generated=response, longest=longest)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from megatron_srpo.config_sections import LossConfig, OptimizerConfig
-from megatron_srpo.engines.megatron.logprobs import HEADS
 from megatron_srpo.engines.megatron.learner import MegatronLearner
+from megatron_srpo.engines.megatron.logprobs import HEADS
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_chunks
 from megatron_srpo.engines.megatron.upstream import _parts, allocate_states
 from megatron_srpo.kernels import linear_logprob, rows
 from tests.unit.live_bytes import LiveBytes
-
 
 Held = tuple[int, int, int, int]
 """Stage; bytes of weights, gradients and optimizer state on this rank."""

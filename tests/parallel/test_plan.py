@@ -61,9 +61,7 @@ def test_the_plan_is_what_real_learners_hold(
                 cfg = config(dtype=dtype).model_copy(
                     update={"parallel": ParallelConfig(**parallel)}
                 )
-                setup = Setup(
-                    cfg=cfg, shape=read_shape(folder), gpu=GPUS["h100"], num_gpus=num
-                )
+                setup = Setup(cfg=cfg, shape=read_shape(folder), gpu=GPUS["h100"], num_gpus=num)
                 counts = counts_of(setup.shape, cfg.parallel, stage)
                 planned = [
                     weight_bytes(setup, counts), 4 * counts.total, optimizer_bytes(setup, counts)
