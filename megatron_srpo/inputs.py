@@ -70,11 +70,12 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     RunFolder(cfg.run_dir).check_idle()
     progress = progress_of(cfg, replay)
     family_of(cfg.model)  # only for what it refuses
+    model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
-    check_layout(cfg.parallel, completed_config(cfg.model), **layout)
-    _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
+    check_layout(cfg.parallel, model, **layout)
+    check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
-    _check_engine_fits(cfg)
+    check_engine_fits(cfg, model)
     judge = judge_of(cfg, cfg.reward, cfg.second_reward)
     prompts, dropped = read_prompts(
         cfg.data.train,
@@ -120,10 +121,11 @@ def read_eval_inputs(
     Without `is_stored` the model's folder lacks its weights, which are in a checkpoint."""
     if out is not None:
         check_free(out)
+    model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
-    check_layout(ParallelConfig(), completed_config(cfg.model), **layout)
+    check_layout(ParallelConfig(), model, **layout)
     tokenizer = HFTokenizer(cfg.model)
-    _check_engine_fits(cfg)
+    check_engine_fits(cfg, model)
     if is_stored:
         tensor_shapes(cfg.model)  # only for what it refuses
     judge = judge_of(cfg, cfg.reward, cfg.second_reward)
@@ -202,7 +204,7 @@ def _check_groups(model: Mapping[str, Any], knob: str, size: int) -> None:
         )
 
 
-def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:
+def check_prompts_divide(cfg: Config, num_replicas: int) -> None:
     """So that which prompts share an update does not depend on the number of replicas."""
     num_updates = cfg.loss.updates_per_batch
     if cfg.algorithm.num_prompts % (num_replicas * num_updates):
@@ -212,9 +214,8 @@ def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:
         )
 
 
-def _check_engine_fits(cfg: Config) -> None:
-    """The rollout engine must hold the longest sequence."""
-    model = completed_config(cfg.model)
+def check_engine_fits(cfg: Config, model: Mapping[str, Any]) -> None:
+    """The rollout engine must hold the longest sequence of the model (its completed config)."""
     longest = cfg.rollout.max_model_len
     if longest > model["max_position_embeddings"]:
         raise InputError(

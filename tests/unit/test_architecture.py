@@ -21,8 +21,8 @@ LEVELS = (
     "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels theory",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate held_out "
-    "eval_table evaluate_model compare exchange replica export inputs sft retention assembly train "
-    "checkpoints resume convert verify submit report",
+    "eval_table evaluate_model compare exchange replica export inputs plan sft retention assembly "
+    "train checkpoints resume convert verify submit report",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
