@@ -15,6 +15,12 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.data import PromptFormat, PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.engines.megatron.backend import (
+    backend_of,
+    check_model,
+    check_rollouts,
+    this_machine,
+)
 from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.engines.megatron.names import padded_size
 from megatron_srpo.evaluate import HeldOut
@@ -72,6 +78,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     family_of(cfg.model)  # only for what it refuses
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(cfg.parallel, completed_config(cfg.model), **layout)
+    check_model(backend_of(cfg), completed_config(cfg.model), cfg.parallel)
     _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
@@ -122,6 +129,7 @@ def read_eval_inputs(
         check_free(out)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(ParallelConfig(), completed_config(cfg.model), **layout)
+    check_rollouts(cfg.fp8, this_machine())
     tokenizer = HFTokenizer(cfg.model)
     _check_engine_fits(cfg)
     if is_stored:
@@ -138,6 +146,7 @@ def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, To
     RunFolder(cfg.sft.run_dir).check_free()
     family_of(cfg.sft.model)  # only for what it refuses
     check_layout(cfg.parallel, completed_config(cfg.sft.model), num_processes=num_processes)
+    check_model(backend_of(cfg), completed_config(cfg.sft.model), cfg.parallel)
     if cfg.sft.batch_size % num_processes:
         raise InputError(
             f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_processes} processes"
