@@ -15,6 +15,12 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.data import PromptFormat, PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.engines.megatron.backend import (
+    backend_of,
+    check_model,
+    check_rollouts,
+    this_machine,
+)
 from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.engines.megatron.names import padded_size
 from megatron_srpo.evaluate import HeldOut
@@ -73,6 +79,7 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(cfg.parallel, model, **layout)
+    check_model(backend_of(cfg), model, cfg.parallel)
     check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     check_engine_fits(cfg, model)
@@ -124,6 +131,7 @@ def read_eval_inputs(
     model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(ParallelConfig(), model, **layout)
+    check_rollouts(cfg.fp8, this_machine())
     tokenizer = HFTokenizer(cfg.model)
     check_engine_fits(cfg, model)
     if is_stored:
@@ -140,6 +148,7 @@ def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, To
     RunFolder(cfg.sft.run_dir).check_free()
     family_of(cfg.sft.model)  # only for what it refuses
     check_layout(cfg.parallel, completed_config(cfg.sft.model), num_processes=num_processes)
+    check_model(backend_of(cfg), completed_config(cfg.sft.model), cfg.parallel)
     if cfg.sft.batch_size % num_processes:
         raise InputError(
             f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_processes} processes"
