@@ -1,4 +1,4 @@
-"""`megatron-srpo train | sft | eval | compare | report | show | submit | convert`.
+"""`megatron-srpo train | sft | eval | plan | compare | report | show | submit | convert`.
 
 The only place that sets up a process: started plainly it is one; under torchrun or srun, many.
 Its exit code is 0 or one of `exit_codes.py`.
@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(arguments.config, overrides)
         if arguments.command == "submit":
             _submit(arguments, cfg, overrides, started_with)
+            return 0
+        if arguments.command == "plan":
+            _plan(arguments, cfg)
             return 0
         return _run(arguments, cfg)
     except InputError as error:
@@ -124,6 +127,28 @@ def _show_prompts(inputs: EvalInputs, number: int) -> None:
             for prompt in held_out.prompts[number - 1 : number]:
                 print(f"--- {held_out.name}: {prompt.id}, {len(prompt.token_ids)} tokens")
                 print(inputs.tokenizer.shown(prompt.token_ids))
+
+
+def _plan(arguments: argparse.Namespace, cfg: Config) -> None:
+    import json
+
+    from megatron_srpo.plan.hardware import GPUS
+    from megatron_srpo.plan.page import as_json, page, search_page
+    from megatron_srpo.plan.search import plan, search
+    from megatron_srpo.plan.setup import Setup
+    from megatron_srpo.plan.shape import model_folder, read_shape
+
+    setup = Setup(
+        cfg=cfg,
+        shape=read_shape(model_folder(cfg.model)),
+        gpu=GPUS[arguments.gpu],
+        num_gpus=arguments.search or arguments.gpus,
+    )
+    plans = search(setup) if arguments.search else [plan(setup)]
+    if arguments.json:
+        print(json.dumps([as_json(each) for each in plans]))
+    else:
+        print("\n".join(search_page(plans) if arguments.search else page(plans[0])))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -205,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a policy with GRPO, RRPO or SRPO"),
         ("sft", "warm-start a policy from demonstrations"),
         ("eval", "measure a policy's pass@k on held-out problems"),
+        ("plan", "what a run takes of GPUs' memory and time; needs none, and no weights"),
         ("submit", "check a run, and hand it to Slurm"),
     ):
         command = commands.add_parser(name, help=help)
@@ -216,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "eval":
             _add_evaluation(command)
+        if name == "plan":
+            _add_planning(command)
         if name == "submit":
             _add_submission(command)
     comparison = commands.add_parser("compare", help="two evaluations, problem by problem")
@@ -251,6 +279,15 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--show", type=_size, metavar="N", help="print each set's N-th prompt as the policy sees it"
     )
+
+
+def _add_planning(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--gpus", type=_size, default=8, metavar="N", help="default: 8")
+    command.add_argument("--gpu", choices=("h100", "h200", "b200"), default="h100")
+    command.add_argument(
+        "--search", type=_size, metavar="GPUS", help="rank the layouts of so many that fit"
+    )
+    command.add_argument("--json", action="store_true", help="a list of plans, in bytes")
 
 
 def _add_submission(command: argparse.ArgumentParser) -> None:

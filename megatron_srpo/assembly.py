@@ -13,6 +13,7 @@ from megatron_srpo.algorithm import collect_groups
 from megatron_srpo.checkpoints import Checkpoints
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
+from megatron_srpo.engines.megatron.backend import backend_of
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
@@ -22,6 +23,7 @@ from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay, Resumed, read_step
 from megatron_srpo.kept import KeepingGenerator, read_kept
 from megatron_srpo.metrics import Sums
+from megatron_srpo.mismatch import MismatchAlarm
 from megatron_srpo.pack_layout import PackLayout
 from megatron_srpo.protocols import Collect, CreditRule, Judge, Learner, PromptSource
 from megatron_srpo.replica import LeaderJudge, LeaderRule
@@ -57,6 +59,7 @@ class Run:
     completions: KeepingGenerator
     """Of the engine's present weights."""
     weight_sync: WeightSync
+    mismatch: MismatchAlarm
     evaluate: Callable[[], Sums]
     gpu: Colocation
     stopwatch: Stopwatch
@@ -70,7 +73,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
     """Collective: every rank builds its shard of both engines."""
     points, stopwatch = gpu.points, gpu.stopwatch
     learner = build_learner(cfg, mesh, points)
-    engine = VllmGenerator(cfg.model, cfg.rollout, dtype=cfg.dtype, before_step=points.step)
+    engine = build_engine(cfg, points)
     kept = read_kept(RunFolder(cfg.run_dir).kept) if mesh.is_leader else {}
     completions = KeepingGenerator(engine=engine, known=mesh.share(kept))
     judge = LeaderJudge(inner=inputs.judge, mesh=mesh, stopwatch=stopwatch)
@@ -104,21 +107,16 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         exchange=partial(
             exchange,
             mesh=mesh,
-            layout=PackLayout.on(mesh, max_tokens=cfg.micro_batch_tokens),
+            layout=PackLayout.on(
+                mesh, max_tokens=cfg.micro_batch_tokens, fp8_multiple=cfg.fp8.token_multiple
+            ),
             with_silent=cfg.loss.kl_coef > 0,
         ),
         learner=learner,
         engine=engine,
         completions=completions,
-        weight_sync=WeightSync(
-            learner=learner,
-            engine=engine,
-            shapes=inputs.shapes,
-            probe=probe_context(inputs.prompts[0], cfg.rollout.max_model_len),
-            temperature=cfg.rollout.temperature,
-            max_logprob_diff=cfg.max_logprob_diff,
-            gather=mesh.gather,
-        ),
+        weight_sync=_weight_sync(cfg, inputs, mesh, learner, engine),
+        mismatch=MismatchAlarm.of(cfg),
         evaluate=partial(held_out_sums, shares, roles, cfg),
         gpu=gpu,
         stopwatch=stopwatch,
@@ -132,6 +130,31 @@ def _record_nothing(step: int, groups: Sequence[Group]) -> None:
     """The other processes of a replica hold what its leader writes."""
 
 
+def _weight_sync(
+    cfg: Config, inputs: Inputs, mesh: Mesh, learner: MegatronLearner, engine: VllmGenerator
+) -> WeightSync:
+    return WeightSync(
+        learner=learner,
+        engine=engine,
+        shapes=inputs.shapes,
+        probe=probe_context(inputs.prompts[0], cfg.rollout.max_model_len),
+        temperature=cfg.rollout.temperature,
+        max_logprob_diff=cfg.max_logprob_diff,
+        gather=mesh.gather,
+    )
+
+
+def build_engine(cfg: Config, points: StopPoints) -> VllmGenerator:
+    """This process's part of a rollout engine; collective over its replica."""
+    return VllmGenerator(
+        cfg.model,
+        cfg.rollout,
+        dtype=cfg.dtype,
+        is_fp8=cfg.fp8.rollout,
+        before_step=points.step,
+    )
+
+
 def build_learner(cfg: Config, mesh: Mesh, points: StopPoints) -> MegatronLearner:
     """The policy that is trained, with the weights of `cfg.model`; collective."""
     return MegatronLearner(
@@ -143,6 +166,7 @@ def build_learner(cfg: Config, mesh: Mesh, points: StopPoints) -> MegatronLearne
         loss=cfg.loss,
         num_steps=cfg.num_steps,
         kernels=cfg.kernels,
+        backend=backend_of(cfg),
         points=points,
     )
 

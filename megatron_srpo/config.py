@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from pydantic import model_validator
 
@@ -13,6 +13,13 @@ from megatron_srpo.config_method import (
     LocalizeConfig,
     RetentionConfig,
     ThoughtConfig,
+)
+from megatron_srpo.config_precision import (
+    Fp8Config,
+    MismatchConfig,
+    Precision,
+    precision_of,
+    with_defaults,
 )
 from megatron_srpo.config_sections import (
     CheckpointConfig,
@@ -43,8 +50,14 @@ class Config(Section):
     num_steps: Count = 100
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and activations in the trainer and in the rollout engine."""
+    backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers the trainer has: Megatron-Core's own or Transformer Engine's. auto: the latter
+    in bf16, where it and a GPU are there."""
+    fp8: Fp8Config = Fp8Config()
     max_logprob_diff: Positive = 1e-5
-    """The run stops where trainer and rollout engine differ by more nats on any token."""
+    """The run stops where trainer and rollout engine differ by more nats on any token: on a trained
+    one in float32, on the probe after a sync always. In bf16 0.5 by default, in FP8 1."""
+    mismatch: MismatchConfig = MismatchConfig()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()
     micro_batch_tokens: Count = 16384
@@ -77,6 +90,37 @@ class Config(Section):
     log: LogConfig = LogConfig()
     sft: SftConfig | None = None
     """For `megatron-srpo sft`."""
+
+    @property
+    def precision(self) -> Precision:
+        return precision_of(self.dtype, self.fp8.recipe, self.fp8.rollout)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_precision(cls, given: Any) -> Any:
+        return with_defaults(cast(dict[str, Any], given)) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _fp8_fits(self) -> Config:
+        fp8 = self.fp8
+        if self.precision == "fp8" and self.dtype != "bfloat16":
+            raise ValueError(f"fp8 needs dtype=bfloat16, not {self.dtype}")
+        if fp8.recipe != "none" and self.backend == "local":
+            raise ValueError(
+                f"fp8.recipe={fp8.recipe} needs Transformer Engine's layers: Megatron-Core's own "
+                "would ignore it; leave backend=local out"
+            )
+        if fp8.param_gather and self.loss.kl_coef:
+            raise ValueError(
+                "fp8.param_gather does not go with loss.kl_coef: weights held in FP8 cannot change "
+                "places with the reference policy's"
+            )
+        if fp8.param_gather and fp8.recipe == "mxfp8" and self.parallel.overlap:
+            raise ValueError(
+                "fp8.param_gather with fp8.recipe=mxfp8 does not go with parallel.overlap: weights "
+                "on their way and gradients share a buffer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _answer_formats_are_asked_for(self) -> Config:

@@ -58,7 +58,7 @@ def evaluate_model(
 
 def _generated(cfg: Config, inputs: EvalInputs, mesh: Mesh, model: Path) -> list[Attempt]:
     """This replica's, on its leader: all its ranks hold the same."""
-    engine = VllmGenerator(model, cfg.rollout, dtype=cfg.dtype)
+    engine = VllmGenerator(model, cfg.rollout, dtype=cfg.dtype, is_fp8=cfg.fp8.rollout)
     share: list[Attempt] = []
     for held_out in inputs.sets:
         share += evaluate(

@@ -15,6 +15,12 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.data import PromptFormat, PromptSet, read_demonstrations, read_prompts
+from megatron_srpo.engines.megatron.backend import (
+    backend_of,
+    check_model,
+    check_rollouts,
+    this_machine,
+)
 from megatron_srpo.engines.megatron.families import FAMILIES, family_of
 from megatron_srpo.engines.megatron.names import padded_size
 from megatron_srpo.evaluate import HeldOut
@@ -70,11 +76,13 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
     RunFolder(cfg.run_dir).check_idle()
     progress = progress_of(cfg, replay)
     family_of(cfg.model)  # only for what it refuses
+    model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
-    check_layout(cfg.parallel, completed_config(cfg.model), **layout)
-    _check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
+    check_layout(cfg.parallel, model, **layout)
+    check_model(backend_of(cfg), model, cfg.parallel)
+    check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
-    _check_engine_fits(cfg)
+    check_engine_fits(cfg, model)
     judge = judge_of(cfg, cfg.reward, cfg.second_reward)
     prompts, dropped = read_prompts(
         cfg.data.train,
@@ -120,10 +128,12 @@ def read_eval_inputs(
     Without `is_stored` the model's folder lacks its weights, which are in a checkpoint."""
     if out is not None:
         check_free(out)
+    model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
-    check_layout(ParallelConfig(), completed_config(cfg.model), **layout)
+    check_layout(ParallelConfig(), model, **layout)
+    check_rollouts(cfg.fp8, this_machine())
     tokenizer = HFTokenizer(cfg.model)
-    _check_engine_fits(cfg)
+    check_engine_fits(cfg, model)
     if is_stored:
         tensor_shapes(cfg.model)  # only for what it refuses
     judge = judge_of(cfg, cfg.reward, cfg.second_reward)
@@ -138,6 +148,7 @@ def read_sft_inputs(cfg: Config, *, num_processes: int) -> list[tuple[Tokens, To
     RunFolder(cfg.sft.run_dir).check_free()
     family_of(cfg.sft.model)  # only for what it refuses
     check_layout(cfg.parallel, completed_config(cfg.sft.model), num_processes=num_processes)
+    check_model(backend_of(cfg), completed_config(cfg.sft.model), cfg.parallel)
     if cfg.sft.batch_size % num_processes:
         raise InputError(
             f"sft.batch_size={cfg.sft.batch_size} does not divide over {num_processes} processes"
@@ -202,7 +213,7 @@ def _check_groups(model: Mapping[str, Any], knob: str, size: int) -> None:
         )
 
 
-def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:
+def check_prompts_divide(cfg: Config, num_replicas: int) -> None:
     """So that which prompts share an update does not depend on the number of replicas."""
     num_updates = cfg.loss.updates_per_batch
     if cfg.algorithm.num_prompts % (num_replicas * num_updates):
@@ -212,9 +223,8 @@ def _check_prompts_divide(cfg: Config, num_replicas: int) -> None:
         )
 
 
-def _check_engine_fits(cfg: Config) -> None:
-    """The rollout engine must hold the longest sequence."""
-    model = completed_config(cfg.model)
+def check_engine_fits(cfg: Config, model: Mapping[str, Any]) -> None:
+    """The rollout engine must hold the longest sequence of the model (its completed config)."""
     longest = cfg.rollout.max_model_len
     if longest > model["max_position_embeddings"]:
         raise InputError(

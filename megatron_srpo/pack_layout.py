@@ -85,7 +85,7 @@ class PackLayout:
         )
 
     @classmethod
-    def on(cls, mesh: Sizes, *, max_tokens: int) -> Self:
+    def on(cls, mesh: Sizes, *, max_tokens: int, fp8_multiple: int = 1) -> Self:
         """From a mesh: the one place that knows which of its sizes concern packing."""
         sizes = mesh.parallel
         return cls.of(
@@ -95,6 +95,7 @@ class PackLayout:
             cp=sizes.cp,
             pp=sizes.pp,
             vpp=sizes.vpp,
+            fp8_multiple=fp8_multiple,
         )
 
     @property

@@ -25,8 +25,9 @@ from megatron_srpo.staging import leftovers
 from megatron_srpo.types import InputError
 
 MAY_DIFFER = (
-    "run_dir", "max_logprob_diff", "parallel", "kernels", "micro_batch_tokens", "reward_timeout_s",
-    "reward_workers", "sandbox", "rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_bytes",
+    "run_dir", "max_logprob_diff", "mismatch", "backend", "parallel", "kernels",
+    "micro_batch_tokens", "reward_timeout_s", "reward_workers", "sandbox", "rollout.tp",
+    "rollout.max_num_seqs", "rollout.kv_cache_bytes",
     "checkpoint", "deadlines", "log", "sft",
 )  # fmt: skip
 """What changes neither what is drawn nor what is learned."""

@@ -13,6 +13,7 @@ from megatron_srpo.claim import claimed
 from megatron_srpo.config import Config
 from megatron_srpo.config_sections import LossConfig, SftConfig
 from megatron_srpo.data import EpochOrder, demonstration_sample
+from megatron_srpo.engines.megatron.backend import backend_of
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh
 from megatron_srpo.exchange import exchange
@@ -46,6 +47,7 @@ def sft(cfg: Config, demonstrations: Demonstrations) -> None:
 def _warm_start(
     cfg: Config, warm: SftConfig, folder: RunFolder, demonstrations: Demonstrations, mesh: Mesh
 ) -> None:
+    backend = backend_of(cfg)
     learner = MegatronLearner(
         warm.model,
         mesh,
@@ -55,8 +57,11 @@ def _warm_start(
         loss=LossConfig(),
         num_steps=warm.num_steps,
         kernels=cfg.kernels,
+        backend=backend,
     )
-    layout = PackLayout.on(mesh, max_tokens=cfg.micro_batch_tokens)
+    layout = PackLayout.on(
+        mesh, max_tokens=cfg.micro_batch_tokens, fp8_multiple=cfg.fp8.token_multiple
+    )
     stopwatch = Stopwatch()
     order = EpochOrder(len(demonstrations), counter_seed(cfg.seed, "sft"))
     with Telemetry(
@@ -66,6 +71,8 @@ def _warm_start(
         num_steps=warm.num_steps,
         stopwatch=stopwatch,
     ) as telemetry:
+        for note in backend.notes:
+            telemetry.say(note)
         for step in range(warm.num_steps):
             mine = _share(step, warm.batch_size, mesh.rank, mesh.world_size)
             samples = [

@@ -17,6 +17,7 @@ from megatron_srpo.batching import mini_batches
 from megatron_srpo.claim import claimed
 from megatron_srpo.colocation import Colocation
 from megatron_srpo.config import Config
+from megatron_srpo.engines.megatron.backend import backend_of
 from megatron_srpo.engines.megatron.mesh import Mesh, destroy_mesh
 from megatron_srpo.export import save_hf
 from megatron_srpo.guard import Guard
@@ -78,7 +79,7 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
                 f"{len(inputs.dropped)} prompts are longer than {cfg.data.max_prompt_tokens} "
                 f"tokens and were left out: {', '.join(inputs.dropped[:5])} ..."
             )
-        for note in run.judge.inner.notes:
+        for note in (*backend_of(cfg).notes, *run.judge.inner.notes):
             telemetry.say(note)
         if progress.summary:
             telemetry.say(progress.summary)
@@ -132,7 +133,8 @@ def loop(run: Run, telemetry: Telemetry) -> None:
         batches = [run.exchange(part) for part in parts]
         with gpu.training():
             stats = run.learner.update(batches)
-        check_mismatch(stats, run, step)
+        if warning := check_mismatch(stats, run, step):
+            telemetry.say(warning)
         with gpu.syncing():
             synced = run.weight_sync(version=step + 1)
         metrics = step_metrics(run, groups, evaluated) | meant(stats, cfg) | synced
@@ -145,19 +147,15 @@ def loop(run: Run, telemetry: Telemetry) -> None:
     telemetry.log(cfg.num_steps, last, summary(last))
 
 
-def check_mismatch(stats: dict[str, float], run: Run, step: int) -> None:
-    """Raises `AlarmError` if trainer and rollout engine disagree on what was sampled.
+def check_mismatch(stats: dict[str, float], run: Run, step: int) -> str | None:
+    """A warning, or an `AlarmError`, if trainer and rollout engine disagree on what was sampled.
 
     The trainer's log-probs need not be the rollouts' in a replay, which another policy may have
     sampled, or this one on another layout, nor with `rollout.top_p` below 1, which renormalises.
     """
-    is_comparable = step not in run.replayed and run.cfg.rollout.top_p == 1
-    difference, bound = stats.get("mismatch/logprob_abs_max", 0.0), run.cfg.max_logprob_diff
-    if is_comparable and not difference <= bound:
-        raise AlarmError(
-            f"step {step}: the trainer's log-probs differ from the rollout engine's by "
-            f"{difference:.2g} nats on a trained token (max_logprob_diff={bound:g})"
-        )
+    if step in run.replayed or run.cfg.rollout.top_p < 1:
+        return None
+    return run.mismatch.hear(step, stats)
 
 
 def meant(stats: dict[str, float], cfg: Config) -> dict[str, float]:

@@ -146,6 +146,10 @@ ELSEWHERE = {
     "parallel.recompute", "parallel.overlap", "rollout.tp", "micro_batch_tokens",
     # how the head is computed, likewise: tests/parallel/test_layouts.py
     "kernels.head",
+    # whose layers compute, and what needs a GPU: tests/unit/test_backend.py, test_engine_layers.py
+    "backend", "fp8.recipe", "fp8.first_last_bf16", "fp8.param_gather", "fp8.rollout",
+    # alarms: tests/unit/test_mismatch.py
+    "mismatch.max_mean", "mismatch.max_kl", "mismatch.patience",
     # when a run that shows no sign of life ends: tests/unit/test_watchdog.py
     *(f"deadlines.{name}" for name in DeadlineConfig.model_fields),
     # when a reward is given up, which changes none that answers, how many are asked at once, and

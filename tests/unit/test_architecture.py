@@ -14,15 +14,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_srpo"
 LEVELS = (
-    "types protocols config_method config_sections config config_file seeding environment "
-    "exit_codes run_folder staging shared_folder",
+    "types protocols config_method config_sections config_precision config config_file seeding "
+    "environment exit_codes run_folder staging shared_folder",
     "algorithm draws restarts rollouts resets advantages extensions thoughts localize rewards data "
-    "tokenizer hf_folder hf_config hf_writer pack_layout batching loss metrics payoff stopwatch "
-    "checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels theory",
+    "tokenizer hf_folder hf_config hf_writer pack_layout batching loss mismatch metrics payoff "
+    "stopwatch checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels "
+    "theory",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate held_out "
-    "eval_table evaluate_model compare exchange replica export inputs sft retention assembly train "
-    "checkpoints resume convert verify submit report",
+    "eval_table evaluate_model compare exchange replica export inputs plan sft retention assembly "
+    "train checkpoints resume convert verify submit report",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

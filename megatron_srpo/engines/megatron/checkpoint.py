@@ -5,6 +5,10 @@ own checkpoints, the optimizer's in the shapes of its parameters (`fully_reshard
 states are left out: every draw of this package is a function of the seed and of counters
 (`seeding.py`), and there is no dropout.
 
+What Transformer Engine knows of FP8 scales is saved with each layer (`_extra_state`). A checkpoint
+that another backend or recipe has written lacks it, or has it in vain: scales then begin anew.
+Weights that are held in FP8 are saved as the bf16 that they stand for.
+
 Writers are processes that Megatron forks. Its persistent worker, the other way, asks for
 `torch.cuda.device_count()` and needs one at least; and where it lives, it keeps CUDA contexts.
 """
@@ -14,14 +18,18 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_save_sharded_strategy,
+    load_sharded_metadata,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
@@ -30,10 +38,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_srpo.checkpoint_store import damaged
 from megatron_srpo.engines.megatron import upstream
+from megatron_srpo.engines.megatron.fp8 import make_plain
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.staging import on_disk
 from megatron_srpo.types import AlarmError
 
+SCALES = "_extra_state"
+"""In the name of what a layer stores besides tensors."""
 UNREADABLE = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError, ValueError)
 """What Megatron and torch raise over damaged metadata."""
 
@@ -104,14 +115,27 @@ def load_checkpoint(learner: MegatronLearner, folder: Path) -> None:
     wanted = sharded_state(learner, is_loading=True)
     _check_common(folder)
     try:
+        stored = load_sharded_metadata(str(folder))
+        for name in _chunks(learner):
+            wanted[name] = _without_new_scales(wanted[name], stored)
         loaded: Any = dist_checkpointing.load(wanted, str(folder))
     except CheckpointException as error:  # torch's, around what happened on each rank
         raise damaged(folder.parent, _line(next(iter(error.failures.values()))[0])) from error
     except UNREADABLE as error:
         raise damaged(folder.parent, _line(error)) from error
     for name, module in _chunks(learner).items():
-        module.load_state_dict(loaded[name])
+        scales = {key: own for key, own in module.state_dict().items() if SCALES in key}
+        module.load_state_dict(scales | loaded[name])
     learner.optimizer.load(loaded["optimizer"], loaded["schedule"])
+
+
+def _without_new_scales(wanted: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a chunk's state, what is stored, and all tensors."""
+    return {
+        name: entry
+        for name, entry in wanted.items()
+        if not isinstance(entry, ShardedObject) or entry.unique_key in stored
+    }
 
 
 def _check_common(folder: Path) -> None:
@@ -137,9 +161,12 @@ def sharded_state(learner: MegatronLearner, *, is_loading: bool) -> dict[str, An
         name: module.sharded_state_dict(metadata=metadata)
         for name, module in _chunks(learner).items()
     }
+    # Which parameter is whose it knows by the parameters themselves, so they are made plain later.
+    optimizer = learner.optimizer.sharded_state(chunks, metadata, is_loading=is_loading)
+    make_plain(chunks)
     return {
         **chunks,
-        "optimizer": learner.optimizer.sharded_state(chunks, metadata, is_loading=is_loading),
+        "optimizer": optimizer,
         "schedule": learner.optimizer.schedule_state(),
     }
 

@@ -1,6 +1,7 @@
 """Tells Megatron-Core 0.16.1 where CUDA is not. The only file that patches anything.
 
-`install()` does nothing when CUDA is there. Each patched site, and why:
+`install()` does nothing when CUDA is there, but for a name that is missing. Each patched site, and
+why:
 
 - `torch.cuda.current_device` (asked for a device by rotary_pos_embedding, mappings, layers,
   param_and_grad_buffer, distrib_optimizer): answers the CPU.
@@ -13,8 +14,8 @@
 - `torch.cuda.synchronize` (p2p_communication, checkpoint writers): there is nothing to wait for.
 - `MoEAlltoAllTokenDispatcher`: its side stream, and the step that waits for counts on their way to
   the host, where they are already.
-- `moe_utils.te_general_gemm`: a name that is missing without Transformer Engine (a router then
-  ends in a NameError), instead of None.
+- `moe_utils.te_general_gemm`: a name that is missing without Transformer Engine, GPU or not (a
+  router then ends in a NameError), instead of None.
 - Dispatch on the name 'torch.cuda.FloatTensor' (optimizer and distrib_optimizer when they are
   built, clip_grads at each step): `cuda_type_names`.
 """
@@ -59,6 +60,8 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Before Megatron builds anything; a second call changes nothing."""
+    if not moe_utils.HAVE_TE:
+        moe_utils.te_general_gemm = None
     if torch.cuda.is_available():
         return
     for module in CUDA_LITERALS:
@@ -70,7 +73,6 @@ def install() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    moe_utils.te_general_gemm = None
     dispatcher: Any = MoEAlltoAllTokenDispatcher
     dispatcher.cuda_dtoh_stream = "none"
     dispatcher._maybe_dtoh_and_synchronize = _counts_as_numpy

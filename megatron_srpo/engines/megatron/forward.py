@@ -24,6 +24,7 @@ from megatron_srpo.batching import pack
 from megatron_srpo.config_sections import KernelConfig
 from megatron_srpo.data import demonstration_sample
 from megatron_srpo.engines.megatron.context import with_others, zigzag
+from megatron_srpo.engines.megatron.fp8 import token_multiple
 from megatron_srpo.engines.megatron.logprobs import HEADS
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import Heads
@@ -100,10 +101,14 @@ class Forward:
     def _chunk_output(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
         cu_seqlens = self.tensor(micro_batch.cu_seqlens)
         longest = int(np.diff(micro_batch.cu_seqlens).max())
+        # Padding is part of its sequence; under context parallelism Transformer Engine asks.
+        padded: Any = cu_seqlens if self._mesh.cp_size > 1 else None
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
@@ -224,7 +229,9 @@ class Forward:
     def _alone(self, sequences: Sequence[Tokens]) -> list[MicroBatch]:
         """A micro-batch for each sequence, all whose targets have a weight, and empty ones until
         their number is legal."""
-        layout = PackLayout.on(self._mesh, max_tokens=1)
+        chunk: Any = unwrap_model(self._models[0])
+        multiple = token_multiple(chunk.config)
+        layout = PackLayout.on(self._mesh, max_tokens=1, fp8_multiple=multiple)
         samples = [
             demonstration_sample("", tokens[:1], tokens[1:], weight=1.0, count=0.0)
             for tokens in sequences

@@ -1,7 +1,7 @@
-"""Megatron's layers as a family's models need them.   family, config.json -> layer specs
+"""Megatron's layers as a family's models need them.   family, config.json, backend -> layer specs
 
-Norms in plain torch for machines without a GPU, where Megatron's own refuses sequence parallelism,
-and the two that OLMo has and Megatron has not.
+Norms in plain torch for local layers, where Megatron's own refuses sequence parallelism, and the
+two that OLMo has and neither backend.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -25,6 +29,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_srpo.engines.megatron.attention import PackedCausalAttention, RotarySelfAttention
+from megatron_srpo.engines.megatron.backend import Backend
 from megatron_srpo.engines.megatron.names import Family
 from megatron_srpo.engines.megatron.positions import Positions
 
@@ -92,9 +97,9 @@ class NormThenAdd(torch.nn.Module):
     """residual + norm(x): fills the spec slot of Megatron's bias-dropout-add, where there is
     neither bias nor dropout."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, norm: Callable[..., torch.nn.Module]) -> None:
         super().__init__()
-        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.norm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         def add(x_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
@@ -104,43 +109,84 @@ class NormThenAdd(torch.nn.Module):
 
 
 def block_spec(
-    family: Family, config: TransformerConfig, positions: list[Positions], vp_stage: int | None
+    family: Family,
+    config: TransformerConfig,
+    positions: list[Positions],
+    vp_stage: int | None,
+    backend: Backend,
 ) -> TransformerBlockSubmodules:
     """The layers of this stage (of this chunk of it) and the final norm."""
     first = get_transformer_layer_offset(config, vp_stage)
     stage = range(first, first + get_num_layers_to_build(config, vp_stage))
+    layer_spec = _engine_layer if backend.is_engine else _local_layer
     specs: Any = TransformerBlockSubmodules
     return specs(
-        layer_specs=[_layer_spec(family, config, positions[index], index) for index in stage],
-        layer_norm=RMSNorm,
+        layer_specs=[layer_spec(family, config, positions[index], index) for index in stage],
+        layer_norm=TENorm if backend.is_engine else RMSNorm,
     )
 
 
-def _layer_spec(
+def _local_layer(
     family: Family, config: TransformerConfig, positions: Positions, index: int
 ) -> ModuleSpec:
-    has_experts = config.num_moe_experts is not None and config.moe_layer_freq[index]  # type: ignore[index]
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts if has_experts else None, normalization="RMSNorm"
-    )
+    num_experts = _num_experts(config, index)
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = PackedCausalAttention
+    return _of_family(spec, family, config, positions, norm=RMSNorm)
+
+
+def _engine_layer(
+    family: Family, config: TransformerConfig, positions: Positions, index: int
+) -> ModuleSpec:
+    """Transformer Engine's. Its checkpoints have the same names as those of local layers."""
+    num_experts = _num_experts(config, index)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts, moe_grouped_gemm=num_experts is not None
+    )
+    layer: Any = spec.submodules
+    if num_experts:  # a norm of its own stands before a router
+        layer.sharded_state_dict_keys_map = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if family.norms == "post":  # no norm is left to be part of these
+        layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    return _of_family(spec, family, config, positions, norm=TENorm)
+
+
+def _num_experts(config: TransformerConfig, index: int) -> int | None:
+    frequency: Any = config.moe_layer_freq
+    return config.num_moe_experts if config.num_moe_experts and frequency[index] else None
+
+
+def _of_family(
+    spec: ModuleSpec,
+    family: Family,
+    config: TransformerConfig,
+    positions: Positions,
+    *,
+    norm: Callable[..., torch.nn.Module],
+) -> ModuleSpec:
+    """The layer with what distinguishes the family's."""
+    layer: Any = spec.submodules
     if family.norms == "post":
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
-        layer.self_attn_bda = ModuleSpec(module=NormThenAdd, params={"config": config})
+        parameters = {"config": config, "norm": norm}
+        layer.self_attn_bda = ModuleSpec(module=NormThenAdd, params=parameters)
         layer.mlp_bda = deepcopy(layer.self_attn_bda)
     attention = layer.self_attention
     attention.module = RotarySelfAttention
     attention.params = {**attention.params, "positions": positions}
-    attention.submodules.core_attention = PackedCausalAttention
-    attention.submodules.q_layernorm = _head_norm(family, config.num_attention_heads)
-    attention.submodules.k_layernorm = _head_norm(family, config.num_query_groups)
+    attention.submodules.q_layernorm = _head_norm(family, config.num_attention_heads, norm)
+    attention.submodules.k_layernorm = _head_norm(family, config.num_query_groups, norm)
     return spec
 
 
-def _head_norm(family: Family, num_heads: int | None) -> ModuleSpec | type:
+def _head_norm(
+    family: Family, num_heads: int | None, norm: Callable[..., torch.nn.Module]
+) -> ModuleSpec | Callable[..., torch.nn.Module]:
     if family.qk_norm == "none":
         return IdentityOp
     if family.qk_norm == "head":
-        return RMSNorm
+        return norm
     return ModuleSpec(module=AllHeadsNorm, params={"num_heads": num_heads})

@@ -35,8 +35,10 @@ from megatron.core.distributed import (
 from torch import Tensor
 
 from megatron_srpo.config_sections import KernelConfig, LossConfig, OptimizerConfig
+from megatron_srpo.engines.megatron.backend import LOCAL, Backend
 from megatron_srpo.engines.megatron.families import family_of
 from megatron_srpo.engines.megatron.forward import Forward, one_or_all
+from megatron_srpo.engines.megatron.fp8 import gather_fields
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_chunks
 from megatron_srpo.engines.megatron.names import heads_of
@@ -89,6 +91,7 @@ class MegatronLearner:
         loss: LossConfig,
         num_steps: int,
         kernels: KernelConfig = KernelConfig(),
+        backend: Backend = LOCAL,
         points: StopPoints | None = None,
     ) -> None:
         """`temperature` is the rollouts'; `num_steps` is what the learning rate decays over. An
@@ -97,7 +100,7 @@ class MegatronLearner:
         self._policy_loss = LOSSES[kernels.head]
         self._points = points or StopPoints()
         self._family, self._heads = family_of(folder), heads_of(folder)
-        self.modules = build_chunks(folder, mesh, dtype)
+        self.modules = build_chunks(folder, mesh, dtype, backend)
         load_hf(self.modules, folder, mesh)
         self.shards = all_shards(self.modules, mesh)
         self.models = [
@@ -108,13 +111,16 @@ class MegatronLearner:
                     use_distributed_optimizer=True,
                     overlap_grad_reduce=mesh.parallel.overlap,
                     overlap_param_gather=mesh.parallel.overlap,
+                    **gather_fields(backend.fp8),
                 ),
                 module,
                 disable_bucketing=index > 0,
             )
             for index, module in enumerate(self.modules)
         ]
-        self.optimizer = MegatronAdam(self.models, optimizer, dtype=dtype, num_steps=num_steps)
+        self.optimizer = MegatronAdam(
+            self.models, optimizer, fp8=backend.fp8, dtype=dtype, num_steps=num_steps
+        )
         self._reference = ParkedWeights(self.modules) if loss.kl_coef else None
         self._forward = Forward(self.models, mesh, self._heads, kernels, self._points)
         self._tell_schedule(mesh.parallel.overlap)

@@ -11,7 +11,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_srpo.engines.megatron.backend import LOCAL, Backend
 from megatron_srpo.engines.megatron.families import family_of
+from megatron_srpo.engines.megatron.fp8 import model_fields
 from megatron_srpo.engines.megatron.head import Unprojected
 from megatron_srpo.engines.megatron.layers import block_spec
 from megatron_srpo.engines.megatron.mesh import Mesh
@@ -26,7 +28,9 @@ def is_tied(folder: Path) -> bool:
     return bool(read_config(folder).get("tie_word_embeddings", False))
 
 
-def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]:
+def build_chunks(
+    folder: Path, mesh: Mesh, dtype: torch.dtype, backend: Backend = LOCAL
+) -> list[GPTModel]:
     """This stage's parts of the model, weights still to be loaded: one, or `parallel.vpp` of them
     if the pipeline is interleaved. What comes out of the last are hidden states (`head.py`)."""
     hf, family, positions = completed_config(folder), family_of(folder), positions_of(folder)
@@ -35,13 +39,15 @@ def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]
         **_window(positions),
         **_experts(hf),
         **_layout(mesh, dtype),
+        **_fused(backend),
+        **model_fields(backend.fp8),
     )
     last = mesh.parallel.vpp - 1
     chunk_of: Any = GPTModel
     chunks = [
         chunk_of(
             config,
-            block_spec(family, config, positions, chunk),
+            block_spec(family, config, positions, chunk, backend),
             vocab_size=padded_size(hf["vocab_size"]),
             max_sequence_length=hf["max_position_embeddings"],
             pre_process=mesh.pp_rank == 0 and chunk in (None, 0),
@@ -58,7 +64,7 @@ def build_chunks(folder: Path, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]
 
 
 def _model(hf: dict[str, Any], family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """Fusions that need CUDA extensions are off; `calculate_per_token_loss`: see `learner.py`."""
+    """`calculate_per_token_loss`: see `learner.py`."""
     return {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
@@ -83,11 +89,20 @@ def _model(hf: dict[str, Any], family: Family, dtype: torch.dtype) -> dict[str, 
         "output_layer_init_method": _leave,
         "use_cpu_initialization": torch.get_default_device().type == "meta"
         or not torch.cuda.is_available(),
-        "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
-        "apply_rope_fusion": False,
         "bias_dropout_fusion": False,
         "calculate_per_token_loss": True,
+    }
+
+
+def _fused(backend: Backend) -> dict[str, Any]:
+    """What is one kernel each. Megatron's own gradients want Apex' for it, and its layers are in
+    every model: the embedding, the head."""
+    return {
+        "apply_rope_fusion": backend.is_engine,
+        "bias_activation_fusion": backend.is_engine,
+        "moe_grouped_gemm": backend.is_engine,
+        "gradient_accumulation_fusion": backend.fuses_gradients,
     }
 
 

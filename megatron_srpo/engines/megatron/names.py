@@ -32,6 +32,16 @@ TOP: dict[str, Rule] = {
 LAYER_PREFIX = "decoder.layers."
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 IN_EXPERT = re.compile(r"(.+\.local_experts\.)(\d+)(\..+)")
+ENGINE_NAMES = (
+    (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight"), "input_layernorm.weight"),
+    (re.compile(r"mlp\.linear_fc1\.layer_norm_weight"), "pre_mlp_layernorm.weight"),
+    (
+        re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)"),
+        r"mlp.experts.local_experts.\2.\1.weight",
+    ),
+)
+"""Transformer Engine's, within a layer, and what they are here: a norm is part of the linear behind
+it, and all experts of a process are one module."""
 VOCABULARY_MULTIPLE = 128
 """Megatron's vocabulary is padded to a multiple of this with rows of zeros: it divides by every
 power of two up to this, and checkpoints have one shape on all layouts."""
@@ -66,6 +76,17 @@ class Family:
             rest = f"{before}{{}}{behind}"
         layout, hf_names = self.layer[rest]
         return layout, tuple(f"model.layers.{layer}.{n.format(expert)}" for n in hf_names)
+
+
+def name_of(name: str) -> str:
+    """A parameter's name in the tables, whichever backend's it is.
+
+    >>> name_of("decoder.layers.3.mlp.experts.linear_fc2.weight7")
+    'decoder.layers.3.mlp.experts.local_experts.7.linear_fc2.weight'
+    """
+    for pattern, ours in ENGINE_NAMES:
+        name = pattern.sub(ours, name)
+    return name
 
 
 def _matched(pattern: re.Pattern[str], name: str) -> re.Match[str]:

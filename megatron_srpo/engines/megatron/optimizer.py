@@ -12,9 +12,11 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_srpo.config_precision import Fp8Config
 from megatron_srpo.config_sections import OptimizerConfig
 from megatron_srpo.engines.megatron.cpu import cuda_type_names
-from megatron_srpo.engines.megatron.upstream import load_states, sharded_states
+from megatron_srpo.engines.megatron.fp8 import optimizer_fields
+from megatron_srpo.engines.megatron.upstream import load_states, sharded_states, write_weights
 
 
 class MegatronAdam:
@@ -25,6 +27,7 @@ class MegatronAdam:
         models: Sequence[DistributedDataParallel],
         cfg: OptimizerConfig,
         *,
+        fp8: Fp8Config,
         dtype: torch.dtype,
         num_steps: int,
     ) -> None:
@@ -41,7 +44,9 @@ class MegatronAdam:
             params_dtype=dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=models[0].ddp_config.overlap_param_gather,
+            **optimizer_fields(fp8),
         )
+        self._is_of_fp8 = fp8.param_gather
         with cuda_type_names():
             self._optimizer = get_megatron_optimizer(
                 config, [*models], use_gloo_process_groups=False
@@ -91,5 +96,7 @@ class MegatronAdam:
     def load(self, state: dict[str, Any], schedule: dict[str, Any]) -> None:
         """As they came out of a checkpoint."""
         load_states(self._optimizer, state)
+        if self._is_of_fp8:
+            write_weights(self._optimizer)
         self._schedule.num_steps = 0  # Megatron adds the checkpoint's number to it
         self._schedule.load_state_dict(schedule)

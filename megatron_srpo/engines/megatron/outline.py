@@ -82,7 +82,7 @@ def outline(folder: Path, mesh: Mesh, *, numbered: bool = False) -> Outline:
         family=family_of(folder),
         heads=heads_of(folder),
         parameters={
-            name: Parameter(shape=tuple(p.shape), dim=sharded_dim(p))
+            name: Parameter(shape=tuple(p.shape), dim=sharded_dim(name, p))
             for name, p in local_parameters([model], mesh).items()
         },
         state=model.sharded_state_dict(metadata=NUMBERED if numbered else None),

@@ -23,7 +23,10 @@ Transformer Engine nor Apex is installed, GPU or not, checkpointed as `fully_res
    saved; what else a group of parameters has, the config and the schedule say again
 5. Where a group holds parameters of two dtypes, states are saved under other parameters' names: the
    inner optimizer has float32 ones first, the index that the checkpoint goes by does not.
-   -> the model has one dtype (`layers.RMSNorm`), and `allocate_states` insists on it
+   -> the model has one dtype (`layers.RMSNorm`; weights in FP8 are bf16 to the optimizer), and
+   `allocate_states` insists on it
+6. Weights that are held in FP8 (`fp8.py`) are loaded after another rounding: from what they were as
+   bf16.   -> `write_weights`, from what the optimizer holds
 
 tests/parallel/test_upstream.py shows each fault without its way around, and fails when upstream
 has mended it.
@@ -56,7 +59,9 @@ def allocate_states(optimizer: MegatronOptimizer) -> None:
     """Adam's state of parameters that have none yet, as their first step would begin with it."""
     for part in _parts(optimizer):
         dtypes = {buffer.param_dtype for buffer in part.buffers}
-        assert len(dtypes) == 1, f"optimizer states of mixed dtypes would be mixed up: {dtypes}"
+        assert len(dtypes) == 1 or torch.float32 not in dtypes, (
+            f"optimizer states of mixed dtypes would be mixed up: {dtypes}"
+        )
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():
@@ -103,6 +108,17 @@ def load_states(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = state["step"]
+
+
+def write_weights(optimizer: MegatronOptimizer) -> None:
+    """The model's, of the optimizer's own and on all ranks, as a step ends."""
+    for part in _parts(optimizer):
+        if part.config.reuse_grad_buf_for_mxfp8_param_ag:
+            part._copy_main_params_to_param_buffer()
+        else:
+            part._copy_main_params_to_model_params()
+        for chunk in part.model_chunks:
+            chunk.start_param_sync(force_sync=True)
 
 
 class Results:

@@ -21,6 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_srpo.engines.megatron.families import family_of
+from megatron_srpo.engines.megatron.fp8 import plain, write
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.names import (
     IN_EXPERT,
@@ -29,6 +30,7 @@ from megatron_srpo.engines.megatron.names import (
     Heads,
     heads_of,
     join,
+    name_of,
     part,
     split,
     whole,
@@ -71,13 +73,16 @@ def _global_name(chunk: GPTModel, name: str, mesh: Mesh) -> str:
         first = mesh.ep_rank * num_experts // mesh.ep_size
         return f"{match[1]}{first + int(match[2])}{match[3]}"
 
-    return IN_EXPERT.sub(expert, IN_LAYER.sub(layer, name))
+    return IN_EXPERT.sub(expert, IN_LAYER.sub(layer, name_of(name)))
 
 
-def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
-    """Megatron marks the parameters that it shards."""
+def sharded_dim(name: str, parameter: torch.nn.Parameter) -> int | None:
+    """Both backends mark the parameters that they shard. Transformer Engine's experts, which are
+    told nothing of tensor parallelism, say 0 of every dimension."""
     marked: Any = parameter
-    return marked.partition_dim if getattr(marked, "tensor_model_parallel", False) else None
+    if not getattr(marked, "tensor_model_parallel", False):
+        return None
+    return 1 if name.endswith(".linear_fc2.weight") else marked.partition_dim
 
 
 def all_shards(chunks: Sequence[GPTModel], mesh: Mesh) -> list[Shard]:
@@ -89,7 +94,7 @@ def all_shards(chunks: Sequence[GPTModel], mesh: Mesh) -> list[Shard]:
             expert_rank=mesh.ep_rank if IN_EXPERT.fullmatch(name) else None,
             shape=tuple(p.shape),
             # Several expert parallel ranks hold whole experts, each its own.
-            dim=None if IN_EXPERT.fullmatch(name) and mesh.ep_size > 1 else sharded_dim(p),
+            dim=None if IN_EXPERT.fullmatch(name) and mesh.ep_size > 1 else sharded_dim(name, p),
         )
         for name, p in local_parameters(chunks, mesh).items()
     ]
@@ -128,8 +133,7 @@ def load_hf(chunks: Sequence[GPTModel], folder: Path, mesh: Mesh) -> None:
                 f"{folder}: {hf_names[0]} has a shape that does not fit config.json "
                 f"({tuple(own.shape)} instead of {shard.shape})"
             )
-        with torch.no_grad():
-            parameters[shard.name].copy_(own)
+        write(parameters[shard.name], own)
     if unknown := tensors.keys() - known:
         raise InputError(f"{folder}: weights that the model has no place for: {min(unknown)}")
 
@@ -167,7 +171,11 @@ def full_tensors(
 def _from_holder(shard: Shard, local: Mapping[str, Tensor], mesh: Mesh, like: Tensor) -> Tensor:
     """The shard of this tensor parallel rank, from the stage and the expert rank that hold it."""
     is_mine = shard.name in local
-    tensor = local[shard.name].detach() if is_mine else like.new_empty(shard.shape)
+    tensor = (
+        plain(local[shard.name])
+        if is_mine
+        else torch.empty(shard.shape, dtype=like.dtype, device=like.device)
+    )
     if shard.expert_rank is not None and mesh.ep_size > 1 and shard.stage == mesh.pp_rank:
         dist.broadcast(tensor, group=mesh.ep_group, group_src=shard.expert_rank)
     if mesh.pp_size > 1:

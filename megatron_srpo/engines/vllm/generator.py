@@ -36,6 +36,8 @@ FLAT: dict[str, Any] = {
     "output_kind": RequestOutputKind.FINAL_ONLY,
 }
 """Arrays of log-probs, no text, one answer."""
+FP8 = "fp8_per_tensor"
+"""Online quantization; "fp8" is that of folders that hold FP8 (config/quantization.py)."""
 MOST_NAMED = 5
 """Requests in a message."""
 
@@ -49,16 +51,21 @@ class VllmGenerator:
         cfg: RolloutConfig,
         *,
         dtype: Literal["float32", "bfloat16"],
+        is_fp8: bool = False,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Torch's process group must exist already: the engine joins it (`external_launcher`).
 
+        `is_fp8`: of the weights in the folder, and of those that are loaded later, the engine keeps
+        FP8 copies of its own making, with one scale per tensor; activations are scaled as they
+        come, head and embedding stay as they are.
         `before_step` is called before each engine step; what it raises ends `generate`.
         """
         with _own_random_state():
             self._llm = LLM(
                 str(folder),
                 dtype=dtype,
+                quantization=FP8 if is_fp8 else None,
                 max_model_len=cfg.max_model_len,
                 tensor_parallel_size=cfg.tp,
                 max_num_seqs=cfg.max_num_seqs,
@@ -147,7 +154,12 @@ class VllmGenerator:
             raise AlarmError(f"the rollout engine has forgotten {_in_words(unfinished)}")
 
     def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
-        """Replaces the weights in place and drops every cached key and value of the old ones."""
+        """Replaces the weights in place and drops every cached key and value of the old ones.
+
+        vLLM takes in a layer's weights, quantizes them where it is to, and copies the result to
+        where its graphs look for it (model_executor/model_loader/reload/layerwise.py): what calls
+        the model's own `load_weights` instead would write bf16 into FP8.
+        """
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         if not self._llm.reset_prefix_cache():
             raise AlarmError("the prefix cache could not be reset: requests are still running")

@@ -1,0 +1,7 @@
+"""Named in annotations."""
+
+
+class FusibleOperation: ...
+
+
+class Sequential: ...
