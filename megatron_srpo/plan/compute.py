@@ -161,7 +161,7 @@ def _stage_s(setup: Setup, stage: int, num_tokens: float, wanted: float, length:
     is_last = stage == parallel.pp - 1
     head = 4 * 2 * shape.vocab * shape.hidden * wanted * is_last  # logits are made twice
     rate = TRAIN_SHARE * gpu.bf16_flops
-    share = setup.fp8.share(shape.num_layers)
+    share = setup.fp8_share
     per_linear = share / (FP8_SHARE * gpu.fp8_flops) + (1 - share) / rate
     computed = num_tokens * (linear * per_linear + (attention + head) / rate)
     computed /= parallel.tp * parallel.cp
@@ -240,7 +240,7 @@ def generation_s(setup: Setup, stage: Stage) -> float:
 
 def _rollout_rate(setup: Setup) -> float:
     """FLOPs per second of linear maps, which are most of it."""
-    return setup.gpu.fp8_flops if setup.fp8.rollout else setup.gpu.bf16_flops
+    return setup.gpu.fp8_flops if setup.cfg.fp8.rollout else setup.gpu.bf16_flops
 
 
 def _token_flops(setup: Setup, context: float) -> float:

@@ -16,6 +16,8 @@ class Gpu:
     """One of a node."""
 
     name: str
+    capability: tuple[int, int]
+    """Compute capability."""
     memory_bytes: int
     bf16_flops: float
     """Per second, dense; fp32 sums."""
@@ -35,6 +37,7 @@ GPUS = {
     # NVIDIA H100 Tensor Core GPU datasheet, SXM
     "h100": Gpu(
         name="H100 SXM 80 GB",
+        capability=(9, 0),
         memory_bytes=81559 * 2**20,
         bf16_flops=989 * TFLOPS,
         fp8_flops=1979 * TFLOPS,
@@ -44,6 +47,7 @@ GPUS = {
     # NVIDIA H200 Tensor Core GPU datasheet, SXM
     "h200": Gpu(
         name="H200 SXM 141 GB",
+        capability=(9, 0),
         memory_bytes=143771 * 2**20,
         bf16_flops=989 * TFLOPS,
         fp8_flops=1979 * TFLOPS,
@@ -53,6 +57,7 @@ GPUS = {
     # NVIDIA DGX B200 datasheet, an eighth of it
     "b200": Gpu(
         name="B200 180 GB",
+        capability=(10, 0),
         memory_bytes=183359 * 2**20,
         bf16_flops=2250 * TFLOPS,
         fp8_flops=4500 * TFLOPS,

@@ -95,15 +95,15 @@ def _of_stage(setup: Setup, stage: int) -> tuple[PhaseMemory, ...]:
             **learner,
             workspace=_gathered_state(setup, counts),
             # Megatron's `fully_reshardable`: all copies' shares, on every rank.
-            host=parked - optimizer + 3 * WIDE * counts.total + weights,
+            host=parked - optimizer + (3 * WIDE + setup.element_bytes) * counts.total,
         ),
     )
 
 
 def weight_bytes(setup: Setup, counts: Counts) -> int:
     """Of the learner's parameters on a rank."""
-    element, copies = setup.element_bytes, setup.fp8.share(setup.shape.num_layers) * counts.linear
-    kept = counts.total - copies * setup.fp8.param_gather
+    element, copies = setup.element_bytes, setup.fp8_share * counts.linear
+    kept = counts.total - copies * setup.cfg.fp8.param_gather
     return round(element * kept + 2 * copies)
 
 
@@ -117,7 +117,7 @@ def optimizer_bytes(setup: Setup, counts: Counts) -> int:
 def engine_weight_bytes(setup: Setup) -> int:
     """Of a rank of a rollout engine."""
     total, linear = rollout_weights(setup.shape, setup.cfg.rollout.tp)
-    return setup.element_bytes * total - linear * setup.fp8.rollout
+    return setup.element_bytes * total - linear * setup.cfg.fp8.rollout
 
 
 def activation_bytes(setup: Setup, stage: int) -> int:
@@ -150,17 +150,19 @@ def layer_bytes(setup: Setup, *, is_sparse: bool) -> int:
     """That a layer keeps of a token on a tensor parallel rank, without recomputation.
 
     Norms keep what goes in and linear maps what goes in; attention keeps queries and keys before
-    and after they are turned, values and its output (no scores); gate and up, silu of the gate,
-    up with an offset and their product (megatron-core 0.16.1, mlp.py, `glu`).
+    and after they are turned, values and its output (no scores); gate, up and their product, and
+    without Transformer Engine's kernel silu of the gate and up with an offset (megatron-core
+    0.16.1, mlp.py, `glu`).
     """
     shape, tp, ep = setup.shape, setup.cfg.parallel.tp, setup.cfg.parallel.ep
     q, kv, hidden = shape.q_width, shape.kv_width, shape.hidden
+    glu = 3 if setup.backend.is_engine else 5
     attention = 2 * hidden + (q + 2 * kv) + (q + kv) + q
     if is_sparse:
         gathered = 1 if ep > 1 else tp
-        mlp = 2 * hidden + shape.top_k * (2 * hidden * gathered + 5 * shape.expert_ffn)
+        mlp = 2 * hidden + shape.top_k * (2 * hidden * gathered + glu * shape.expert_ffn)
     else:
-        mlp = 2 * hidden + 5 * shape.ffn
+        mlp = 2 * hidden + glu * shape.ffn
     return (setup.element_bytes * (attention + mlp) + WIDE * shape.num_heads) // tp
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 
 from megatron_srpo.config import Config
+from megatron_srpo.engines.megatron.backend import Backend, Machine, check_model, choose
 from megatron_srpo.inputs import check_engine_fits, check_layout, check_prompts_divide
 from megatron_srpo.pack_layout import PackLayout
-from megatron_srpo.plan.eight_bits import EightBits
 from megatron_srpo.plan.hardware import Gpu
 from megatron_srpo.plan.shape import Shape
 from megatron_srpo.types import InputError
+
+CUDA = (13, 0)
+"""Of the torch that runs: every recipe's is older."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,18 +25,31 @@ class Setup:
     shape: Shape
     gpu: Gpu
     num_gpus: int
-    fp8: EightBits = field(default_factory=EightBits)
 
     def check(self) -> None:
         """Raises `InputError` for what does not divide, as `train` would."""
         cfg, model = self.cfg, self.shape.model
         layout = {"num_processes": self.num_gpus, "rollout_tp": cfg.rollout.tp}
         check_layout(cfg.parallel, model, **layout)
+        check_model(self.backend, model, cfg.parallel)
         check_prompts_divide(cfg, self.num_engines)
         check_engine_fits(cfg, model)
         for knob, size in (("parallel.tp", cfg.parallel.tp), ("rollout.tp", cfg.rollout.tp)):
             if size > (most := self.gpu.per_node):
                 raise InputError(f"{knob}={size} is more than the {most} GPUs of a node")
+
+    @property
+    def backend(self) -> Backend:
+        """As it is chosen where Transformer Engine is installed. Raises `InputError` for an FP8
+        that the GPU has not."""
+        machine = Machine(capability=self.gpu.capability, cuda=CUDA, engine="there")
+        return choose(self.cfg, machine)
+
+    @property
+    def fp8_share(self) -> float:
+        """Of the trainer's layers whose linear maps multiply in FP8."""
+        fp8 = self.cfg.fp8
+        return (fp8.recipe != "none") * (1 - 2 * fp8.first_last_bf16 / self.shape.num_layers)
 
     @property
     def model_size(self) -> int:
@@ -83,7 +99,7 @@ class Setup:
             cp=parallel.cp,
             pp=parallel.pp,
             vpp=parallel.vpp,
-            fp8_multiple=self.fp8.token_multiple,
+            fp8_multiple=self.cfg.fp8.token_multiple,
         )
         multiple = layout.total_multiple
         return max(layout.capacity, ceil(layout.padded(self.longest) / multiple) * multiple)
