@@ -55,10 +55,9 @@ class Chain:
     """Pooled credit, and what the copied prefix z deserves: `prefix_weight` r / std, no baseline.
 
     By the product rule grad V(x) = sum_z pi(z) [V(z) grad log pi(z) + grad V(z)]: suffixes estimate
-    the second term, and masking the prefix drops the first. No baseline there: z was selected, by
-    failure and localization, so that its score does not vanish on average, and a baseline would
-    push the policy off prefixes that it should keep (docs/theory.md). For rewards that are 0 where
-    nothing is right.
+    the second term, and masking the prefix drops the first. Parallel to the gradient where one
+    chain of thoughts leads to the answer; where many do, prefixes that fail often are favoured,
+    because they are reset to often (docs/theory.md). For rewards that are 0 where nothing is right.
 
     With `aggregation=sequence_mean` all T tokens of a response weigh 1/T, whoever sampled them.
     """
