@@ -70,7 +70,7 @@ def test_a_checkpoint_is_the_same_whichever_layers_wrote_it(
 ):
     these = request.getfixturevalue(processes)[family]
     assert these["keys"]
-    for way in ("local to engine", "engine to local"):
+    for way in ("local to engine", "engine to local") if family in SHARED else ():
         assert these[way]
         assert these[f"{way}, goes on"] <= 1e-6
 
