@@ -6,7 +6,9 @@
 
 A run spends one regime's budget of generated tokens on one method with one seed; what is left of it
 is a line of benchmarks/claims/REGIME.jsonl. What has a line is not run again, so stop it and start
-it as you like. `tools/studies/table.py` says what is compared, and in which order.
+it as you like. `tools/studies/table.py` says what is compared, and in which order. The study
+`gradients` makes no runs: it measures the gradients that arms learn from, once, when the others are
+done; `tools/studies/gradients.py` says how.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -26,7 +29,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.studies import plan  # noqa: E402
+from tools.studies import alignment, plan  # noqa: E402
 from tools.studies.comparison import comparison, runs_of  # noqa: E402
 from tools.studies.page import write_page  # noqa: E402
 from tools.studies.regimes import REGIMES  # noqa: E402
@@ -34,18 +37,26 @@ from tools.studies.store import Job, Record, Store  # noqa: E402
 from tools.studies.table import QUICK, QUICK_SEEDS, SEEDS, STUDIES  # noqa: E402
 
 FOLDER = ROOT / "benchmarks/claims"
+GRADIENTS = "gradients"
+STUDY_NAMES = [*STUDIES, GRADIENTS]
 PAGE = ROOT / "docs/claims.md"
 RUNS_A_PROCESS = 16
 """Then another takes its place: engines of past runs stay in memory."""
 UNKNOWN_S = 30.0
 """A run takes so long where none is known yet."""
+GRADIENT_S = 15.0
+"""So does an arm's gradient, where none is known, ..."""
+REFERENCE_S = 60.0
+"""... and a reference, with the training to get there."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=STUDIES, default=[*STUDIES])
+    parser.add_argument(
+        "--only", nargs="+", choices=[*STUDIES, GRADIENTS], default=[*STUDIES, GRADIENTS]
+    )
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=[*REGIMES])
     parser.add_argument("--seeds", default=f"0:{SEEDS.stop}", metavar="FIRST:END")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -66,7 +77,32 @@ def main() -> int:
     for jobs in plan.stages(store, seeds=range(int(first), int(end)), **chosen):
         num_failed += work(jobs, store, num_processes=arguments.jobs)
         write_page(store, PAGE, FOLDER)
+    for regime in arguments.regimes if GRADIENTS in arguments.only else ():
+        num_failed += measure_gradients(regime, store, num_processes=arguments.jobs)
+        write_page(store, PAGE, FOLDER)
     return 1 if num_failed else 0
+
+
+def measure_gradients(regime: str, store: Store, *, num_processes: int) -> int:
+    """One regime's, in this process; how many runs that tune a learning rate for it have failed."""
+    path = alignment.path_in(store.folder)
+    cells = alignment.missing(regime, path)
+    if not cells:
+        return 0
+    if len(alignment.STATES[regime]) > 1:  # policies of a GRPO run: with which learning rate?
+        sweep = plan.missing(plan.sweep(regime), store)
+        if num_failed := work(sweep, store, num_processes=num_processes):
+            return num_failed
+    known = [each.seconds for each in alignment.read(path).values()]
+    num_states = len({each.state for each in cells})
+    seconds = len(cells) * (median(known) if known else GRADIENT_S) + num_states * REFERENCE_S
+    print(f"{regime}: {len(cells)} gradients, {num_states} policies: {seconds / 60:.0f} min")
+    REGIMES[regime].prepare()
+    from tools.studies.gradients import measure
+
+    lr = plan.best_lr(regime, store)
+    measure(cells, path, lr=lr, commit=head(), tell=partial(print, flush=True))
+    return 0
 
 
 def quick(known: Store, folder: Path, *, num_processes: int) -> str:
@@ -87,8 +123,7 @@ def work(jobs: Sequence[Job], store: Store, *, num_processes: int) -> int:
     print(f"{len(jobs)} runs of {seconds / len(jobs):.0f} s: {minutes:.0f} min", flush=True)
     for name in dict.fromkeys(job.regime for job in jobs):
         REGIMES[name].prepare()
-    head = ["git", "rev-parse", "--short=9", "HEAD"]
-    commit = subprocess.check_output(head, text=True).strip()
+    commit = head()
     context = get_context("forkserver")
     context.set_forkserver_preload(["tools.studies.runs"])
     begun, num_failed = time.monotonic(), 0
@@ -114,6 +149,12 @@ def work(jobs: Sequence[Job], store: Store, *, num_processes: int) -> int:
     finally:
         pool.shutdown(cancel_futures=True)  # whoever interrupts waits for the runs in progress
     return num_failed
+
+
+def head() -> str:
+    """The commit that is checked out."""
+    words = ["git", "rev-parse", "--short=9", "HEAD"]
+    return subprocess.check_output(words, text=True).strip()
 
 
 def do(job: Job) -> Record:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+from tools.studies import alignment
 from tools.studies.breakdown import (
     bias_part,
     correction_part,
@@ -23,6 +24,7 @@ from tools.studies.hypotheses import hypotheses_part
 from tools.studies.plan import best_lr, sweep_areas
 from tools.studies.plots import draw_curves
 from tools.studies.regimes import REGIMES
+from tools.studies.rule_of_thumb import gradients_part
 from tools.studies.store import Store
 from tools.studies.table import LEARNING_RATES, SEEDS, STUDIES, TUNED, TUNING_SEEDS, Study
 
@@ -68,6 +70,7 @@ def write_page(store: Store, page: Path, pictures: Path) -> None:
         localization_part(store, SEEDS),
         correction_part(store, SEEDS),
         bias_part(store, SEEDS),
+        gradients_part(alignment.read(alignment.path_in(store.folder)), store, SEEDS),
         cost_part(store, SEEDS),
     ]
     page.write_text("\n".join(part for part in parts if part), encoding="utf-8")

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tools.studies.regimes import REGIMES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -56,16 +58,17 @@ class Record:
 
 
 class Store:
-    """The files of one folder."""
+    """The regimes' files in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._records = {record.job: record for record in self._read()}
 
     def _read(self) -> Iterator[Record]:
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text("utf-8").splitlines():
-                yield parse(line)
+        for name in REGIMES:  # other files there hold no runs
+            path = self.folder / f"{name}.jsonl"
+            lines = path.read_text("utf-8").splitlines() if path.exists() else []
+            yield from map(parse, lines)
 
     @property
     def records(self) -> Collection[Record]:
