@@ -26,6 +26,7 @@ from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.train import loop
 from megatron_srpo.types import AlarmError, Batch, Prompt, Score
+from megatron_srpo.weight_sync import PROBE_TOKENS
 from tests.e2e.small_run import small_config
 from tests.unit.builders import in_place
 
@@ -139,8 +140,9 @@ def test_a_fault_turns_the_run_red_within_one_step(
 
 
 def hook_the_engine_s_model(run: Run, hook: Callable[..., Any]) -> Run:
-    """`hook(number of this pass, output)` stands for what the model gives; no evaluation."""
-    count = itertools.count()
+    """`hook(number of this pass after the first probe, output)` stands for what the model gives; no
+    evaluation."""
+    count = itertools.count(-PROBE_TOKENS)
 
     def install(worker: Any) -> None:
         model = worker.model_runner.get_model()
