@@ -5,8 +5,8 @@
     sync        the learner's weights, the engine's, and the largest tensor on its way
     checkpoint  the learner, and a part of the optimizer's state on its way to the host
 
-While the engine is awake, what `colocation.park` names is in host memory, and gradients are nowhere:
-an update begins with none. Every number is of the largest micro-batch that the config allows.
+While the engine is awake, what `colocation.park` names is in host memory, gradients nowhere: an
+update begins with none. Every number is of the largest micro-batch that the config allows.
 """
 
 from __future__ import annotations
