@@ -17,6 +17,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.parking import Parking, bytes_of
 from megatron_srpo.protocols import LearnerPart
+from megatron_srpo.types import InputError
 from tests.parallel.jobs import shared
 from tests.tiny import random_samples
 
@@ -132,3 +133,16 @@ def test_what_is_parked_is_not_parked_again():
     place.park([torch.ones(3)])
     with pytest.raises(AssertionError, match="parked already"):
         place.park([torch.ones(3)])
+
+
+def test_an_offload_that_would_be_ignored_is_refused(policy: Path, mesh: Mesh):
+    with pytest.raises(InputError, match=r"offload_fraction=0\.5 needs a GPU"):
+        MegatronLearner(
+            policy,
+            mesh,
+            dtype=torch.bfloat16,
+            temperature=0.8,
+            optimizer=OptimizerConfig(offload_fraction=0.5),
+            loss=LossConfig(),
+            num_steps=10,
+        )
