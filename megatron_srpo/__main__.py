@@ -83,9 +83,15 @@ def _run(arguments: argparse.Namespace, cfg: Config) -> int:
                 )
             _leave_report(cfg, is_renewed=False)
             return 0
+        from megatron_srpo.profile.profile import parse_steps
+
+        profiled = range(0)
+        if arguments.profile is not None:
+            first = inputs.progress.step
+            profiled = parse_steps(arguments.profile, first=first, num_steps=cfg.num_steps)
         from megatron_srpo.train import train
 
-        if not train(cfg, inputs, replay=arguments.replay):
+        if not train(cfg, inputs, replay=arguments.replay, profiled=profiled):
             return STOPPED
         _leave_report(cfg, is_renewed=True)
     return 0
@@ -239,6 +245,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument(
                 "--replay", type=Path, metavar="RUN", help="train on this run's rollouts"
+            )
+            command.add_argument(
+                "--profile", metavar="steps=3:5", help="where the time of steps 3 and 4 goes"
             )
         if name == "eval":
             _add_evaluation(command)

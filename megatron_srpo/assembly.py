@@ -19,12 +19,20 @@ from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.evaluate import Attempt, HeldOut, attempt_sums, evaluate
 from megatron_srpo.exchange import exchange
+from megatron_srpo.hf_folder import read_config
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay, Resumed, read_step
 from megatron_srpo.kept import KeepingGenerator, read_kept
+from megatron_srpo.memory import GIB
 from megatron_srpo.metrics import Sums
 from megatron_srpo.mismatch import MismatchAlarm
 from megatron_srpo.pack_layout import PackLayout
+from megatron_srpo.plan.hardware import known
+from megatron_srpo.plan.memory import plan_memory
+from megatron_srpo.plan.setup import Setup
+from megatron_srpo.plan.shape import read_shape
+from megatron_srpo.profile.page import active_weights
+from megatron_srpo.profile.profile import NoProfile, Profile, StepProfile
 from megatron_srpo.protocols import Collect, CreditRule, Judge, Learner, PromptSource
 from megatron_srpo.replica import LeaderJudge, LeaderRule
 from megatron_srpo.retention import Labelled, OwnAnswers
@@ -32,6 +40,7 @@ from megatron_srpo.rollouts import Roles
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.stopwatch import Stopwatch, TimedGenerator
+from megatron_srpo.turns import TakeTurns
 from megatron_srpo.types import Batch, Group, Sample
 from megatron_srpo.weight_sync import WeightSync, probe_context
 
@@ -67,13 +76,20 @@ class Run:
     replayed: range
     """Steps whose rollouts come from a journal."""
     checkpoints: Checkpoints
+    profile: Profile
 
 
-def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: Colocation) -> Run:
-    """Collective: every rank builds its shard of both engines."""
-    points, stopwatch = gpu.points, gpu.stopwatch
-    learner = build_learner(cfg, mesh, points)
-    engine = build_engine(cfg, points)
+def assemble(
+    cfg: Config,
+    inputs: Inputs,
+    mesh: Mesh,
+    replay: Path | None,
+    gpu: Colocation,
+    profiled: range = range(0),
+) -> Run:
+    """Collective: every rank builds its shard of both engines. `profiled`: steps of a profile."""
+    stopwatch = gpu.stopwatch
+    learner, engine = build_engines(cfg, mesh, gpu)
     kept = read_kept(RunFolder(cfg.run_dir).kept) if mesh.is_leader else {}
     completions = KeepingGenerator(engine=engine, known=mesh.share(kept))
     judge = LeaderJudge(inner=inputs.judge, mesh=mesh, stopwatch=stopwatch)
@@ -84,10 +100,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         rule=LeaderRule(rule=inputs.rule, mesh=mesh),
     )
     replica = {"replica": mesh.replica, "num_replicas": mesh.num_replicas}
-    shares = [
-        (each.share(mesh.replica, mesh.num_replicas), replace(judge, inner=each.judge))
-        for each in inputs.sets
-    ]
+    shares = [(each.share(**replica), replace(judge, inner=each.judge)) for each in inputs.sets]
     folder, held = RunFolder(cfg.run_dir), inputs.progress.journalled
     journal = Journal(folder=folder.rollouts, **replica, held=held)
     live = partial(collect_groups, roles=roles, cfg=cfg)
@@ -115,7 +128,7 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         learner=learner,
         engine=engine,
         completions=completions,
-        weight_sync=_weight_sync(cfg, inputs, mesh, learner, engine),
+        weight_sync=build_weight_sync(cfg, inputs, mesh, learner, engine, gpu),
         mismatch=MismatchAlarm.of(cfg),
         evaluate=partial(held_out_sums, shares, roles, cfg),
         gpu=gpu,
@@ -123,6 +136,22 @@ def assemble(cfg: Config, inputs: Inputs, mesh: Mesh, replay: Path | None, gpu: 
         first_step=inputs.progress.step,
         replayed=range(cfg.num_steps) if replay else held,
         checkpoints=Checkpoints(folder.checkpoints, cfg, learner=learner, data=data, mesh=mesh),
+        profile=build_profile(cfg, inputs, mesh, stopwatch, profiled),
+    )
+
+
+def build_profile(
+    cfg: Config, inputs: Inputs, mesh: Mesh, stopwatch: Stopwatch, steps: range
+) -> Profile:
+    """Of the first rank, if any steps are wanted."""
+    if not steps or mesh.rank:
+        return NoProfile()
+    return StepProfile(
+        steps=steps,
+        folder=RunFolder(cfg.run_dir).profile,
+        stopwatch=stopwatch,
+        active_weights=active_weights(inputs.shapes, read_config(cfg.model)),
+        num_gpus=mesh.world_size,
     )
 
 
@@ -130,9 +159,42 @@ def _record_nothing(step: int, groups: Sequence[Group]) -> None:
     """The other processes of a replica hold what its leader writes."""
 
 
-def _weight_sync(
-    cfg: Config, inputs: Inputs, mesh: Mesh, learner: MegatronLearner, engine: VllmGenerator
+def build_engines(
+    cfg: Config, mesh: Mesh, gpu: Colocation
+) -> tuple[MegatronLearner, VllmGenerator]:
+    """Trainer and rollout engine; on a GPU the trainer has lent what it can, and the engine sleeps:
+    a weight sync wakes it. Collective."""
+    park = cfg.colocation.park if torch.cuda.is_available() else ()
+    gpu.planned_gib = planned_gib(cfg, mesh)
+    with gpu.building():
+        learner = build_learner(cfg, mesh, gpu.points)
+        for part in park:
+            learner.park(part)
+        engine = build_engine(cfg, gpu.points)
+        if torch.cuda.is_available():
+            engine.sleep()
+            gpu.turns = TakeTurns(learner=learner, engine=engine, park=park, parked=[*park])
+    return learner, engine
+
+
+def planned_gib(cfg: Config, mesh: Mesh) -> dict[str, float]:
+    """By phase; nothing without a GPU that a plan knows."""
+    kind = known(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if kind is None:
+        return {}
+    setup = Setup(cfg=cfg, shape=read_shape(cfg.model), gpu=kind, num_gpus=mesh.world_size)
+    return {each.phase: each.total / GIB for each in plan_memory(setup)}
+
+
+def build_weight_sync(
+    cfg: Config,
+    inputs: Inputs,
+    mesh: Mesh,
+    learner: Learner,
+    engine: VllmGenerator,
+    gpu: Colocation,
 ) -> WeightSync:
+    """From the one to the other, with a prompt as its probe."""
     return WeightSync(
         learner=learner,
         engine=engine,
@@ -141,16 +203,18 @@ def _weight_sync(
         temperature=cfg.rollout.temperature,
         max_logprob_diff=cfg.max_logprob_diff,
         gather=mesh.gather,
+        turns=gpu.turns,
     )
 
 
 def build_engine(cfg: Config, points: StopPoints) -> VllmGenerator:
-    """This process's part of a rollout engine; collective over its replica."""
+    """This process's part of a rollout engine, without weights; collective over its replica."""
     return VllmGenerator(
         cfg.model,
         cfg.rollout,
         dtype=cfg.dtype,
         is_fp8=cfg.fp8.rollout,
+        has_weights=False,
         before_step=points.step,
     )
 

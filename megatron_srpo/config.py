@@ -23,6 +23,7 @@ from megatron_srpo.config_precision import (
 )
 from megatron_srpo.config_sections import (
     CheckpointConfig,
+    ColocationConfig,
     Count,
     DataConfig,
     DeadlineConfig,
@@ -59,6 +60,7 @@ class Config(Section):
     one in float32, on the probe after a sync always. In bf16 0.5 by default, in FP8 1."""
     mismatch: MismatchConfig = MismatchConfig()
     parallel: ParallelConfig = ParallelConfig()
+    colocation: ColocationConfig = ColocationConfig()
     kernels: KernelConfig = KernelConfig()
     micro_batch_tokens: Count = 16384
     """A forward pass holds at most so many tokens (or one sequence, if that is longer)."""
@@ -173,6 +175,21 @@ class Config(Section):
             raise ValueError(
                 f"deadlines.reward_s={self.deadlines.reward_s:g} must be longer than one attempt, "
                 f"reward_timeout_s={self.reward_timeout_s:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_state_can_be_loaded(self) -> Config:
+        if self.optimizer.offload_fraction and self.dtype == "float32":
+            raise ValueError(
+                f"optimizer.offload_fraction={self.optimizer.offload_fraction:g} needs "
+                "dtype=bfloat16: Megatron cannot load the state of float32 parameters from host "
+                "memory"
+            )
+        if self.optimizer.offload_fraction and self.fp8.param_gather:
+            raise ValueError(
+                "optimizer.offload_fraction does not go with fp8.param_gather, whose weights are "
+                "written on the GPU"
             )
         return self
 

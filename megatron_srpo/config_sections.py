@@ -92,6 +92,9 @@ class RolloutConfig(Section):
     max_num_seqs: Count = 256
     """Sequences that decode together."""
     kv_cache_bytes: Count = 64 * 2**20
+    seeding: Literal["request", "engine"] = "request"
+    """request: what is drawn depends on the run's seed and the request alone. engine: also on who
+    is drawn with it; on a GPU that is faster (vLLM draws for each seeded request by itself)."""
 
 
 class OptimizerConfig(Section):
@@ -107,6 +110,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.0
     clip_grad: Positive = 1.0
     """Largest global gradient norm."""
+    offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """This share of Adam's state lives in host memory, where its part of a step is computed
+    (Megatron's optimizer_cpu_offload). Needs a GPU, Transformer Engine and bfloat16."""
 
     @model_validator(mode="after")
     def _min_below_peak(self) -> OptimizerConfig:
@@ -130,6 +136,22 @@ class ParallelConfig(Section):
     """What is computed again in the backward pass instead of kept: memory against time."""
     overlap: bool = False
     """Gradients and parameters travel between processes while others are computed."""
+
+
+class ColocationConfig(Section):
+    """On a GPU, where trainer and rollout engine take turns; without one nothing moves."""
+
+    park: tuple[Literal["optimizer", "gradients", "weights"], ...] = ("optimizer", "gradients")
+    """What of the trainer leaves the GPU while the rollout engine is awake, for pinned host memory
+    (gradients are forgotten). Without its weights the trainer judges what a weight sync has
+    brought before it trains, not at once."""
+
+    @field_validator("park")
+    @classmethod
+    def _once_each(cls, park: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(park)) < len(park):
+            raise ValueError(f"{list(park)} names something twice")
+        return park
 
 
 class KernelConfig(Section):

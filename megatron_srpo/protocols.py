@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from megatron_srpo.types import (
     Batch,
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     NamedTensors = Iterator[tuple[str, torch.Tensor]]
 else:
     NamedTensors = Any
+
+LearnerPart = Literal["optimizer", "gradients", "weights"]
+EnginePart = Literal["weights", "kv_cache"]
 
 
 class Tokenizer(Protocol):
@@ -123,6 +126,40 @@ class Learner(Protocol):
 
     def export(self) -> NamedTensors:
         """Full tensors by Hugging Face name, gathered one at a time; a collective call."""
+        ...
+
+
+class Parkable(Protocol):
+    """A learner that can lend the memory of its device."""
+
+    def park(self, part: LearnerPart) -> None:
+        """Nobody may look at the part from now on. Gradients are forgotten: an update begins
+        without any."""
+        ...
+
+    def unpark(self, part: LearnerPart) -> None:
+        """As it was."""
+        ...
+
+    def held(self) -> dict[str, int]:
+        """Bytes on the device, by owner."""
+        ...
+
+
+class Sleeper(Protocol):
+    """A rollout engine that can lend the memory of its device."""
+
+    def sleep(self) -> None:
+        """Weights, keys and values are gone; nothing of them stays in host memory."""
+        ...
+
+    def wake(self, part: EnginePart) -> None:
+        """There is room for the part again, with nothing in it. Awake are: nothing, the weights,
+        all."""
+        ...
+
+    def held(self) -> dict[str, int]:
+        """Bytes on the device, by owner."""
         ...
 
 

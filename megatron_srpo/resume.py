@@ -27,7 +27,7 @@ from megatron_srpo.types import InputError
 MAY_DIFFER = (
     "run_dir", "max_logprob_diff", "mismatch", "backend", "parallel", "kernels",
     "micro_batch_tokens", "reward_timeout_s", "reward_workers", "sandbox", "rollout.tp",
-    "rollout.max_num_seqs", "rollout.kv_cache_bytes",
+    "rollout.max_num_seqs", "rollout.kv_cache_bytes", "optimizer.offload_fraction", "colocation",
     "checkpoint", "deadlines", "log", "sft",
 )  # fmt: skip
 """What changes neither what is drawn nor what is learned."""

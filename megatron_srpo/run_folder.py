@@ -40,6 +40,11 @@ class RunFolder:
         return self.root / "rollouts"
 
     @property
+    def profile(self) -> Path:
+        """Trace and summary of a run with `--profile`."""
+        return self.root / "profile"
+
+    @property
     def kept(self) -> Path:
         """What a step that was stopped had finished; there only until it is done."""
         return self.root / "kept"

@@ -30,8 +30,10 @@ class Stopwatch:
     current: str = "other"
     num_signs: int = 0
     """Of life, ever: changes of phase, and ticks."""
-    memory_gib: Callable[[], float] | None = None
-    """What is in use; asked whenever a phase ends or an inner one begins."""
+    peak_gib: Callable[[], float] | None = None
+    """The most in use since it was asked last; it is when a phase ends or an inner one begins."""
+    show: Callable[[str], None] | None = None
+    """Is told the phase that begins, or goes on."""
     _seconds: dict[str, float] = field(default_factory=dict)
     _most_gib: dict[str, float] = field(default_factory=dict)
     _mark: float = field(default_factory=time.perf_counter)
@@ -64,21 +66,23 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """`time/<phase>_s` since the last call, and `time/step_s`, their sum with all the rest; the
-        most that was in use at the ends of a phase, `memory/<phase>_gib`."""
+        most memory that was in use in a phase, `memory/<phase>_peak_gib`."""
         self._switch(self.current)
         seconds, self._seconds = self._seconds, {}
         most_gib, self._most_gib = self._most_gib, {}
         total = sum(seconds.values())
         named = {f"time/{name}_s": value for name, value in seconds.items()}
-        memory = {f"memory/{name}_gib": value for name, value in most_gib.items()}
+        memory = {f"memory/{name}_peak_gib": value for name, value in most_gib.items()}
         return {**named, "time/step_s": total, **memory}
 
     def _switch(self, name: str) -> None:
         now = time.perf_counter()
         self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._mark
-        if self.memory_gib is not None:
+        if self.peak_gib is not None:
             before = self._most_gib.get(self.current, 0.0)
-            self._most_gib[self.current] = max(before, self.memory_gib())
+            self._most_gib[self.current] = max(before, self.peak_gib())
+        if self.show is not None:
+            self.show(name)
         self._mark, self.current = now, name
         self.num_signs += 1
 

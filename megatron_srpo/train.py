@@ -37,23 +37,32 @@ GUARDED = timedelta(hours=24)
 """In a collective: what hangs is ended by the guard, which can say where all ranks are."""
 
 
-def train(cfg: Config, inputs: Inputs, replay: Path | None = None) -> bool:
+def train(
+    cfg: Config, inputs: Inputs, replay: Path | None = None, profiled: range = range(0)
+) -> bool:
     """Run the config, from where its run folder has come to; or, with `replay`, train on the
-    rollouts in that run's folder. Whether it came to the end: it may have been asked to stop."""
+    rollouts in that run's folder. `profiled` steps leave a profile. Whether it came to the end: it
+    may have been asked to stop."""
     mesh = checked_mesh(
         cfg.parallel, rollout_tp=cfg.rollout.tp, run_dir=cfg.run_dir, longest_wait=GUARDED
     )
-    is_finished = train_on(mesh, cfg, inputs, replay)
+    is_finished = train_on(mesh, cfg, inputs, replay, profiled)
     with ended_after(cfg.deadlines.other_s):
         destroy_mesh()
     return is_finished
 
 
-def train_on(mesh: Mesh, cfg: Config, inputs: Inputs, replay: Path | None = None) -> bool:
+def train_on(
+    mesh: Mesh,
+    cfg: Config,
+    inputs: Inputs,
+    replay: Path | None = None,
+    profiled: range = range(0),
+) -> bool:
     """The same on processes that have found each other."""
     folder, gpu = RunFolder(cfg.run_dir), Colocation.on(mesh)
     with Guard(mesh, gpu, Watchdog(cfg=cfg.deadlines), folder=folder) as guard:
-        run = assemble(cfg, inputs, mesh, replay, gpu)
+        run = assemble(cfg, inputs, mesh, replay, gpu, profiled)
         seen = mesh.gather(inputs.progress)
         with claimed(folder, partial(begin, cfg, seen, replay), rank=mesh.rank, gather=mesh.gather):
             is_finished = go_on(run, folder, inputs, guard)
@@ -84,14 +93,13 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
         if progress.summary:
             telemetry.say(progress.summary)
         if progress.checkpoint:
-            run.checkpoints.load(progress.checkpoint)
-            with run.gpu.syncing():
-                run.weight_sync(version=progress.step)
+            with run.gpu.saving():
+                run.checkpoints.load(progress.checkpoint)
         run.stopwatch.take()  # the first step does not pay for building the engines
         try:
             loop(run, telemetry)
         except StopRequested:
-            with run.stopwatch.phase("checkpoint"):
+            with run.gpu.saving():
                 save(run, folder)
             seconds = time.monotonic() - guard.asked_at
             telemetry.say(f"stopped by {guard.asked_by}, saved after {seconds:.1f} s")
@@ -102,7 +110,8 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
             shutil.rmtree(folder.kept, ignore_errors=True)
             if said := verdict(folder.read_metrics()):
                 telemetry.say(said)
-        save_hf(folder.hf, run.learner, mesh, like=cfg.model)
+        with run.gpu.saving():
+            save_hf(folder.hf, run.learner, mesh, like=cfg.model)
         telemetry.say(f"run folder: {folder.root}   trained policy: {folder.hf}")
         return True
 
@@ -119,31 +128,39 @@ def save(run: Run, folder: RunFolder) -> None:
 
 
 def loop(run: Run, telemetry: Telemetry) -> None:
-    """Every step: generate, journal, update, sync. An evaluation's policy is its step's sampler."""
+    """Every step: sync, generate, journal, update. An evaluation's policy is its step's sampler."""
     cfg, gpu = run.cfg, run.gpu
     for step in range(run.first_step, cfg.num_steps):
+        run.profile.begin(step)
         prompts = run.data.next(cfg.algorithm.num_prompts)
+        with gpu.syncing():
+            synced = run.weight_sync(version=step)
         with gpu.generating():
             evaluated = run.evaluate() if step % cfg.eval.every == 0 else {}
             groups = run.collect(prompts, step=step)
+            run.weight_sync.cache_probe()
         with run.stopwatch.phase("journal"):
             run.record(step, groups)
         samples = to_samples(groups, run.credit, cfg) + run.auxiliary(step, groups)
         parts = mini_batches(samples, cfg.loss.updates_per_batch)
         batches = [run.exchange(part) for part in parts]
         with gpu.training():
+            synced |= run.weight_sync.verdict()
             stats = run.learner.update(batches)
         if warning := check_mismatch(stats, run, step):
             telemetry.say(warning)
-        with gpu.syncing():
-            synced = run.weight_sync(version=step + 1)
         metrics = step_metrics(run, groups, evaluated) | meant(stats, cfg) | synced
         telemetry.log(step, metrics, summary(metrics))
-        with run.stopwatch.phase("checkpoint"):
+        with gpu.saving():
             run.checkpoints.after(step + 1)
+        run.profile.end(step, metrics)
+    with gpu.syncing():
+        synced = run.weight_sync(version=cfg.num_steps)
     with gpu.generating():
         evaluated = run.evaluate()
-    last = of_replicas(evaluated, run.mesh)
+    with gpu.training():
+        synced |= run.weight_sync.verdict()
+    last = of_replicas(evaluated, run.mesh) | synced
     telemetry.log(cfg.num_steps, last, summary(last))
 
 

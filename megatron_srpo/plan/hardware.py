@@ -67,6 +67,15 @@ GPUS = {
 }
 
 
+def known(name: str) -> Gpu | None:
+    """By what its driver calls it.
+
+    >>> known("NVIDIA H100 80GB HBM3").memory_bytes // 2**30
+    79
+    """
+    return next((gpu for key, gpu in GPUS.items() if key in name.lower()), None)
+
+
 TRAIN_SHARE = 0.40
 """Of a peak's FLOPs, in a stage's forward and backward pass without its communication. Published:
 0.31 to 0.40 (verl, Qwen3-30B-A3B), up to 0.47 (Megatron-LM, pre-training), bf16."""

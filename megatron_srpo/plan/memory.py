@@ -5,8 +5,8 @@
     sync        the learner's weights, the engine's, and the largest tensor on its way
     checkpoint  the learner, and a part of the optimizer's state on its way to the host
 
-While the engine is awake the optimizer's state is in host memory, and gradients are nowhere: a step
-begins with none. Every number is of the largest micro-batch that the config allows.
+While the engine is awake, what `colocation.park` names is in host memory, gradients nowhere: an
+update begins with none. Every number is of the largest micro-batch that the config allows.
 """
 
 from __future__ import annotations
@@ -68,34 +68,43 @@ def plan_memory(setup: Setup) -> tuple[PhaseMemory, ...]:
 def _of_stage(setup: Setup, stage: int) -> tuple[PhaseMemory, ...]:
     counts = counts_of(setup.shape, setup.cfg.parallel, stage)
     weights, optimizer = weight_bytes(setup, counts), optimizer_bytes(setup, counts)
-    parked = optimizer + setup.element_bytes * counts.total * (setup.cfg.loss.kl_coef > 0)
-    sampled = engine_weight_bytes(setup)
-    engine = {"weights": weights, "stage": stage, "rollout_weights": sampled}
-    learner = {
-        "weights": weights, "stage": stage, "gradients": WIDE * counts.total, "optimizer": optimizer
-    }  # fmt: skip
+    reference = setup.element_bytes * counts.total * (setup.cfg.loss.kl_coef > 0)
+    host = reference + optimizer_bytes(setup, counts, on_host=True)
+    learner = {"weights": weights, "gradients": WIDE * counts.total, "optimizer": optimizer}
+    stays = {part: size for part, size in learner.items() if part not in setup.cfg.colocation.park}
+    lent = sum(size for part, size in learner.items() if part not in {*stays, "gradients"})
+    engine = {"stage": stage, "rollout_weights": engine_weight_bytes(setup)}
     return (
         PhaseMemory(
             phase="generate",
             **engine,
+            **stays,
             kv_cache=setup.cfg.rollout.kv_cache_bytes,
             workspace=_engine_workspace(setup),
-            host=parked,
+            host=host + lent,
         ),
         PhaseMemory(
             phase="train",
+            stage=stage,
             **learner,
             activations=activation_bytes(setup, stage),
             head=head_bytes(setup) if stage == setup.cfg.parallel.pp - 1 else 0,
-            host=parked - optimizer,
+            host=host,
         ),
-        PhaseMemory(phase="sync", **engine, workspace=_on_its_way(setup), host=parked),
+        PhaseMemory(
+            phase="sync",
+            **engine,
+            **stays | {"weights": weights},
+            workspace=_on_its_way(setup),
+            host=host + lent - weights * ("weights" not in stays),
+        ),
         PhaseMemory(
             phase="checkpoint",
+            stage=stage,
             **learner,
             workspace=_gathered_state(setup, counts),
             # Megatron's `fully_reshardable`: all copies' shares, on every rank.
-            host=parked - optimizer + (3 * WIDE + setup.element_bytes) * counts.total,
+            host=host + (3 * WIDE + setup.element_bytes) * counts.total,
         ),
     )
 
@@ -107,11 +116,13 @@ def weight_bytes(setup: Setup, counts: Counts) -> int:
     return round(element * kept + 2 * copies)
 
 
-def optimizer_bytes(setup: Setup, counts: Counts) -> int:
-    """This rank's share of Adam's two moments and, where weights are not fp32, of the masters."""
+def optimizer_bytes(setup: Setup, counts: Counts, *, on_host: bool = False) -> int:
+    """This rank's share of Adam's two moments and, where weights are not fp32, of the masters; of
+    it what `optimizer.offload_fraction` leaves on the GPU, or has on the host."""
     per_parameter = 2 * WIDE if setup.cfg.dtype == "float32" else 3 * WIDE
     shared = counts.dense / setup.copies + counts.experts / setup.expert_copies
-    return round(per_parameter * shared)
+    fraction = setup.cfg.optimizer.offload_fraction
+    return round(per_parameter * shared * (fraction if on_host else 1 - fraction))
 
 
 def engine_weight_bytes(setup: Setup) -> int:

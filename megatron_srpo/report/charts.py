@@ -132,7 +132,11 @@ def is_accuracy(metric: str) -> bool:
 def _phases(metrics: Sequence[str]) -> list[Plot]:
     """Time and memory: which phases there are, the metrics say."""
     times = {n: n[5:-2] for n in metrics if n.startswith("time/") and n != "time/step_s"}
-    memory = {n: n[7:-4] for n in metrics if n.startswith("memory/")}
+    memory = {
+        n: n[7:].removesuffix("_gib").removesuffix("_peak")
+        for n in metrics
+        if n.startswith("memory/")
+    }
     return [
         Plot("Cost", "Time by phase", "s a step", times, "stack"),
         Plot("Cost", "Memory", "GiB, first rank", memory),

@@ -141,6 +141,10 @@ ELSEWHERE = {
     "checkpoint.asynchronous",
     # what the engine may use, which must not change its answers
     "rollout.kv_cache_bytes", "rollout.max_num_seqs",
+    # who draws with which numbers: test_generator.py
+    "rollout.seeding",
+    # whose memory is where: tests/unit/test_colocation.py, tests/parallel/test_parking.py
+    "colocation.park", "optimizer.offload_fraction",
     # how the work is divided, which must not change the result: tests/parallel
     "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.ep",
     "parallel.recompute", "parallel.overlap", "rollout.tp", "micro_batch_tokens",

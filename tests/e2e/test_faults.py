@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.telemetry import Telemetry
 from megatron_srpo.train import loop
 from megatron_srpo.types import AlarmError, Batch, Prompt, Score
+from megatron_srpo.weight_sync import PROBE_TOKENS
 from tests.e2e.small_run import small_config
 from tests.unit.builders import in_place
 
@@ -138,9 +140,25 @@ def test_a_fault_turns_the_run_red_within_one_step(
     print(f"\n{fault.__name__}: {alarm.value}")  # pytest -s shows by how much
 
 
+@pytest.mark.parametrize("phase", ["sync", "generate", "train", "checkpoint"])
+def test_exhausted_memory_stops_the_run_with_the_phase_that_needed_it(run: Run, phase: str) -> None:
+    def exhausted(*arguments: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And more")
+
+    broken = {
+        "sync": lambda: replace(run, weight_sync=exhausted),  # type: ignore[arg-type]
+        "generate": lambda: replace(run, collect=exhausted, evaluate=lambda: {}),
+        "train": lambda: replace(run, learner=SimpleNamespace(update=exhausted)),  # type: ignore[arg-type]
+        "checkpoint": lambda: replace(run, checkpoints=SimpleNamespace(after=exhausted)),  # type: ignore[arg-type]
+    }[phase]()
+    with pytest.raises(AlarmError, match=f"^out of memory in phase '{phase}'.* to need less: "):
+        go(broken)
+
+
 def hook_the_engine_s_model(run: Run, hook: Callable[..., Any]) -> Run:
-    """`hook(number of this pass, output)` stands for what the model gives; no evaluation."""
-    count = itertools.count()
+    """`hook(number of this pass after the first probe, output)` stands for what the model gives; no
+    evaluation."""
+    count = itertools.count(-PROBE_TOKENS)
 
     def install(worker: Any) -> None:
         model = worker.model_runner.get_model()

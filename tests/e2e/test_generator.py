@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,3 +256,126 @@ def _stream(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
         if name == "model.embed_tokens.weight":
             yield "lm_head.weight", tensor
+
+
+@pytest.fixture
+def unseeded(engine: VllmGenerator, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
+    """The same engine, with `rollout.seeding=engine`."""
+    monkeypatch.setattr(engine, "_cfg", engine._cfg.model_copy(update={"seeding": "engine"}))
+    return engine
+
+
+def hot(seed: int) -> list[Request]:
+    """As hot as vLLM allows: what is drawn is noise above all."""
+    context = np.arange(2, 34, dtype=np.int32)
+    return [
+        Request(
+            id=f"hot/{seed}/{index}",
+            purpose="base",
+            context=context,
+            max_tokens=24,
+            temperature=2.0,
+            seed=seed if index == 0 else 7,
+        )
+        for index in range(3)
+    ]
+
+
+def test_an_engine_that_is_seeded_itself_draws_anew_at_every_token_and_for_every_request(
+    unseeded: VllmGenerator, monkeypatch: pytest.MonkeyPatch
+):
+    """Torch's state is the trainer's again after each step: were that where the engine goes on,
+    each token would be drawn with the noise of the one before."""
+    states: list[bytes] = []
+    monkeypatch.setattr(
+        unseeded, "_before_step", lambda: states.append(unseeded._random_state.numpy().tobytes())
+    )
+    drawn = [tuple(c.token_ids.tolist()) for c in unseeded.generate(hot(1))]
+    assert len({*drawn}) == 3
+    assert len({*states}) == len(states) > 5
+
+
+def test_its_draws_are_those_of_the_call_s_first_seed_and_the_trainer_s_state_stays(
+    unseeded: VllmGenerator,
+):
+    def draw(seed: int) -> dict[str, tuple[int, ...]]:
+        found = unseeded.generate(hot(seed))
+        return {c.request_id[-1]: tuple(c.token_ids.tolist()) for c in found}
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, again, other = draw(1), draw(1), draw(2)
+    assert first == again and all(first[index] != other[index] for index in first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class SleepyLLM:
+    """In place of vLLM's on a GPU: what was asked of it."""
+
+    def __init__(self, error: str = "") -> None:
+        self.asked: list[Any] = []
+        self.llm_engine, self._asleep, self._error = self, set[str](), error
+
+    def sleep(self, level: int) -> None:
+        self.asked.append(level)
+        self._asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags: list[str]) -> None:
+        if self._error:
+            raise RuntimeError(self._error)
+        self.asked.append(tags)
+        self._asleep -= {*tags}
+
+    def is_sleeping(self) -> bool:
+        return bool(self._asleep)
+
+
+@pytest.fixture
+def sleepy(engine: VllmGenerator, monkeypatch: pytest.MonkeyPatch) -> SleepyLLM:
+    llm = SleepyLLM()
+    monkeypatch.setattr(engine, "_llm", llm)
+    monkeypatch.setattr(engine, "_awake", engine._awake)
+    return llm
+
+
+def test_it_sleeps_without_a_copy_in_host_memory_and_wakes_in_two_parts(
+    engine: VllmGenerator, sleepy: SleepyLLM
+):
+    """Level 1 keeps the weights in host memory: 78 GB an engine was what vime 190 saw."""
+    whole = engine.held()
+    assert whole["engine weights"] > 0 and whole["engine kv_cache"] == 64 * 2**20
+    engine.sleep()
+    assert engine.held() == {"engine weights": 0, "engine kv_cache": 0}
+    engine.wake("weights")
+    assert engine.held() == whole | {"engine kv_cache": 0}
+    engine.wake("kv_cache")
+    assert sleepy.asked == [2, ["weights"], ["kv_cache"]] and engine.held() == whole
+
+
+def test_asleep_it_takes_neither_requests_nor_weights(engine: VllmGenerator, sleepy: SleepyLLM):
+    engine.sleep()
+    with pytest.raises(AssertionError, match="awake are none"):
+        next(engine.generate(hot(1)))
+    with pytest.raises(AssertionError, match="no room for weights"):
+        engine.load_weights(iter([]), version=1)
+    with pytest.raises(AssertionError, match="kv_cache is woken, not weights"):
+        engine.wake("kv_cache")
+    engine.wake("weights")
+    with pytest.raises(AssertionError, match=r"awake are \('weights',\)"):
+        next(engine.generate(hot(1)))
+    with pytest.raises(AssertionError, match="weights is woken, not kv_cache"):
+        engine.wake("weights")
+
+
+@pytest.mark.parametrize(
+    "said, kind",
+    [("CUDA Error: out of memory at cumem.cpp:93", torch.OutOfMemoryError), ("x", RuntimeError)],
+)
+def test_a_driver_without_room_for_it_is_exhausted_memory(
+    engine: VllmGenerator, sleepy: SleepyLLM, said: str, kind: type[Exception]
+):
+    engine.sleep()
+    sleepy._error = said
+    with pytest.raises(kind) as caught:
+        engine.wake("weights")
+    assert type(caught.value) is kind

@@ -78,6 +78,7 @@ def synced(mesh: Mesh, policy: Path, stale_on: int | None) -> dict[str, Any]:
                 learner.update(
                     [exchange(samples, mesh, layout=PackLayout.on(mesh, max_tokens=100))]
                 )
+                weight_sync.cache_probe()
                 found["probe"].append(weight_sync(version=step + 1)["sync/probe_logprob_abs_max"])
         except AlarmError as alarm:
             return found | {"alarm": str(alarm)}

@@ -12,7 +12,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.logprobs import HEADS
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_chunks
-from megatron_srpo.engines.megatron.upstream import _parts, allocate_states
+from megatron_srpo.engines.megatron.upstream import allocate_states, parts_of
 from megatron_srpo.kernels import linear_logprob, rows
 from tests.unit.live_bytes import LiveBytes
 
@@ -42,13 +42,13 @@ def _held(mesh: Mesh, policy: Path, dtype: torch.dtype) -> Held:
     assert weights == {b.param_data.untyped_storage().data_ptr() for b in buffers}
     states = [
         tensor
-        for part in _parts(inner)
+        for part in parts_of(inner)
         for state in part.optimizer.state.values()
         for name, tensor in state.items()
         if name != "step"
     ]
     if dtype != torch.float32:  # else the masters are the weights themselves
-        groups = [g for part in _parts(inner) for g in part.shard_fp32_from_float16_groups]
+        groups = [g for part in parts_of(inner) for g in part.shard_fp32_from_float16_groups]
         states += [master for group in groups for master in group]
     return (
         mesh.pp_rank,

@@ -20,6 +20,7 @@ from megatron_srpo.engines.megatron.layers import RMSNorm
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.upstream import (
+    allocate_hybrid,
     allocate_states,
     load_states,
     sharded_states,
@@ -163,3 +164,35 @@ def test_upstream_still_mixes_up_states_where_a_group_has_two_dtypes(
     assert wrong
     with pytest.raises(AssertionError, match="mixed dtypes"):
         allocate_states(optimizer_of(learner))
+
+
+class Halves:
+    """In place of Megatron's HybridDeviceOptimizer, which needs a GPU: two Adams over parameters of
+    its own, whose states it shares."""
+
+    def __init__(self) -> None:
+        self.parameters = [torch.ones(n, requires_grad=True) for n in (3, 5)]
+        self.sub_optimizers = [torch.optim.AdamW([p], lr=0.1) for p in self.parameters]
+        self.state: dict[Any, Any] = {}
+
+    def _sync_sub_optimizers_state_to_hdo(self) -> None:
+        self.state = {p: s for adam in self.sub_optimizers for p, s in adam.state.items()}
+
+
+def test_an_optimizer_in_two_places_begins_as_its_first_step_would():
+    prepared, plain = Halves(), Halves()
+    allocate_hybrid(prepared)
+    assert all(
+        {name: float(value.abs().sum()) for name, value in state.items()}
+        == {"exp_avg": 0, "exp_avg_sq": 0, "step": 0}
+        for state in prepared.state.values()
+    )
+    assert len(prepared.state) == 2
+    for halves in (prepared, plain):
+        for parameter, adam in zip(halves.parameters, halves.sub_optimizers, strict=True):
+            parameter.grad = torch.arange(len(parameter), dtype=torch.float32)
+            adam.step()
+    pairs = zip(prepared.parameters, plain.parameters, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    allocate_hybrid(prepared)
+    assert all(float(state["step"]) == 1 for state in prepared.state.values()), "left alone"

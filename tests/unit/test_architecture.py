@@ -18,12 +18,12 @@ LEVELS = (
     "environment exit_codes run_folder staging shared_folder",
     "algorithm draws restarts rollouts resets advantages extensions thoughts localize rewards data "
     "tokenizer hf_folder hf_config hf_writer pack_layout batching loss mismatch metrics payoff "
-    "stopwatch checkpoint_folder checkpoint_store signals stopping watchdog rendezvous kernels "
-    "theory",
+    "stopwatch memory turns checkpoint_folder checkpoint_store signals stopping watchdog "
+    "rendezvous kernels theory",
     "engines",
     "preflight claim journal kept weight_sync colocation guard telemetry evaluate held_out "
     "eval_table evaluate_model compare exchange replica export inputs plan sft retention assembly "
-    "train checkpoints resume convert verify submit report",
+    "train checkpoints resume convert verify submit report profile",
     "__main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -540,3 +540,25 @@ def test_leaving_out_the_file_that_reads_a_field_makes_it_unread(file: str, unre
 def test_all_sections_are_looked_at():
     names: Mapping[str, None] = dict.fromkeys(field_names())
     assert {"sft.optimizer.lr", "algorithm.split", "data.train", "retention.weight"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["optimizer.offload_fraction=0.5"], "offload_fraction=0.5 needs dtype=bfloat16"),
+        (
+            [
+                "optimizer.offload_fraction=0.5",
+                "dtype=bfloat16",
+                "fp8.recipe=delayed",
+                "fp8.param_gather=true",
+            ],
+            "offload_fraction does not go with fp8.param_gather",
+        ),
+        (["colocation.park=[weights,weights]"], "names something twice"),
+    ],
+)
+def test_memory_that_could_not_be_moved_is_refused(
+    tmp_path: Path, overrides: list[str], message: str
+):
+    assert message in refusal(tmp_path, *overrides)

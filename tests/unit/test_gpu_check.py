@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_srpo.types import InputError
 from tools import gpu_check
-from tools.gpu import inputs, kernel_speed, rivals, sanitizer
+from tools.gpu import cycle, inputs, kernel_speed, rivals, sanitizer, shapes
+from tools.gpu.apart import run_apart
 from tools.gpu.result import NotRun, Result, judged, run_check
 from tools.gpu.timing import Timing
 
@@ -182,6 +184,81 @@ def test_ours_that_breaks_has_failed_and_no_rival_begins_after_the_deadline(
     assert status == {"ours": "fail", "torch eager": "not_run"}
     late = kernel_speed.rivals(SMOKE, CPU, 0.0)
     assert {(r.status, r.reason) for r in late} == {("not_run", "the budget was spent")}
+
+
+def test_parts_without_a_gpu_run_nothing_that_needs_one():
+    for part in ("te", "fp8", "colocation", "shapes"):
+        tasks = dict(gpu_check.PARTS[part](CPU, math.inf))
+        assert tasks and gpu_check.PARTS.keys() >= {"kernels", "loop", part}
+        for name, task in tasks.items():
+            if not re.search("local|float32|smoke", name):
+                assert [r.status for r in task()] == ["not_run"], name
+
+
+def talks(name: str) -> list[Result]:
+    """Run in a process of its own."""
+    if name == "refused":
+        raise InputError("this build has no such layers")
+    if name == "broken":
+        raise RuntimeError("an illegal instruction")
+    if name == "slow":
+        time.sleep(60)
+    return [judged(name, {"x": 1.0}, {"x": 2.0}), judged("other", {})]
+
+
+@pytest.mark.parametrize(
+    "name, status, reason",
+    [
+        ("right", "pass", ""),
+        ("refused", "not_run", "this build has no such layers"),
+        ("broken", "fail", "RuntimeError: exit code 1: RuntimeError: an illegal instruction"),
+    ],
+)
+def test_a_process_of_its_own_gives_results_or_the_reason_why_not(
+    name: str, status: str, reason: str
+):
+    found = run_apart(name, f"{__name__}:talks", {"name": name})
+    assert (found[0].name, found[0].status, found[0].reason) == (name, status, reason)
+    assert len(found) == (2 if name == "right" else 1)
+    assert found[0].numbers == ({"x": 1.0} if name == "right" else {})
+
+
+def test_a_process_that_is_not_done_in_time_says_nothing():
+    (found,) = run_apart("slow", f"{__name__}:talks", {"name": "slow"}, time.monotonic() + 1)
+    assert found.status == "not_run" and "not done in 1 s" in found.reason
+
+
+def test_overhead_is_what_no_work_claims_and_fp8_s_share_needs_both_times():
+    row = {"time/generate_s": 5.0, "time/train_s": 3.0, "time/sync_s": 1.0, "time/step_s": 10.0}
+    assert cycle.overhead(row) == pytest.approx(0.1)
+    times = {"14B widths, bf16": 4.0}
+    result = run_check("x", partial(shapes.share, "14B", times))
+    assert result.status == "not_run" and "no time of 14B widths, FP8" in result.reason
+    times["14B widths, FP8"] = 3.1
+    result = run_check("x", partial(shapes.share, "14B", times))
+    assert result.status == "fail" and result.numbers["share"] == pytest.approx(0.775)
+
+
+def sections(text: str) -> dict[str, list[list[str]]]:
+    """Heading -> the cells of its table's rows."""
+    found: dict[str, list[list[str]]] = {}
+    for part in text.split("\n## ")[1:]:
+        rows = [line for line in part.splitlines() if line.startswith("| ")]
+        found[part.splitlines()[0]] = [[c.strip() for c in row.split("|")[1:-1]] for row in rows]
+    return found
+
+
+def test_documents_quote_no_figure_of_what_was_not_run():
+    """Of each part, the table of benchmarks/README.md says what a committed report says."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = sections(text)["Both engines on a GPU"][1:]
+    assert {row[0] for row in rows} == gpu_check.PARTS.keys() - {"kernels"}
+    for part, check, said, _ in rows:
+        reports = [*(ROOT / "benchmarks").glob(f"*/{part}.json")]
+        results = [r for p in reports for r in json.loads(p.read_text())["results"]]
+        assert all(not r["numbers"] for r in results if r["status"] == "not_run")
+        ran = [r for r in results if r["status"] != "not_run" and check in r["name"]]
+        assert ran or said == "not_run", f"{part}, {check}: {said} was never seen"
 
 
 def test_documents_claim_no_speed_that_no_gpu_has_shown():

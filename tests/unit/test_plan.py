@@ -15,7 +15,7 @@ from megatron_srpo.__main__ import main
 from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.plan.compute import generation_s, plan_step
-from megatron_srpo.plan.hardware import GPUS, OVERHEAD_BYTES, TRAIN_SHARE
+from megatron_srpo.plan.hardware import GPUS, OVERHEAD_BYTES, TRAIN_SHARE, known
 from megatron_srpo.plan.memory import PhaseMemory, activation_bytes, plan_memory
 from megatron_srpo.plan.parameters import active_weights, counts_of, rollout_weights
 from megatron_srpo.plan.search import GIB, fits, plan, search
@@ -392,3 +392,34 @@ def test_the_page_names_every_part_and_what_it_assumes(capsys: pytest.CaptureFix
         assert word in said
     assert main(["plan", str(BIG), "--gpu", "h200", "--search", "8"]) == 0
     assert "layouts of 8 GPUs fit" in capsys.readouterr().out
+
+
+# --- what changes hands --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("park", ["[]", "[gradients]", "[optimizer,gradients,weights]"])
+def test_what_is_not_lent_stays_while_the_engine_is_awake(park: str):
+    default = plan_memory(setup())
+    found = plan_memory(setup(f"colocation.park={park}"))
+    train, generate, sync = (of(phase, found) for phase in ("train", "generate", "sync"))
+    assert train == of("train", default)
+    for part in ("weights", "gradients", "optimizer"):
+        whole = getattr(train, part)
+        assert getattr(generate, part) == (0 if part in park else whole) and whole
+    assert sync.weights == train.weights
+    lent = train.optimizer * ("optimizer" in park) + train.weights * ("weights" in park)
+    assert generate.host - train.host == lent
+    assert sync.host - train.host == train.optimizer * ("optimizer" in park)
+
+
+def test_an_offloaded_share_of_the_optimizer_is_on_the_host_in_every_phase():
+    whole, offloaded = (
+        plan_memory(setup(f"optimizer.offload_fraction={share}")) for share in (0, 0.75)
+    )
+    before, after = of("train", whole), of("train", offloaded)
+    assert after.optimizer == pytest.approx(before.optimizer / 4, abs=1)
+    assert after.host - before.host == pytest.approx(before.optimizer * 3 / 4, abs=1)
+
+
+def test_a_gpu_is_known_by_its_driver_s_name():
+    assert known("NVIDIA H200") is GPUS["h200"] and known("NVIDIA A100-SXM4-80GB") is None

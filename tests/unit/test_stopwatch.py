@@ -169,12 +169,12 @@ def test_time_in_which_items_come_is_the_outer_phase_s(clock: Clock):
 
 def test_memory_is_the_most_that_was_in_use_at_the_ends_of_a_phase(clock: Clock):
     in_use = iter([1.0, 5.0, 9.0, 2.0, 3.0, 4.0])
-    watch = Stopwatch(_mark=0.0, memory_gib=lambda: next(in_use))
+    watch = Stopwatch(_mark=0.0, peak_gib=lambda: next(in_use))
     with watch.phase("outer"), watch.phase("inner"):  # 1: other, 5: outer
         pass  # 9: inner, 2: outer
     assert {k: v for k, v in watch.take().items() if k.startswith("memory/")} == {  # 3: other
-        "memory/other_gib": 3.0,
-        "memory/outer_gib": 5.0,
-        "memory/inner_gib": 9.0,
+        "memory/other_peak_gib": 3.0,
+        "memory/outer_peak_gib": 5.0,
+        "memory/inner_peak_gib": 9.0,
     }
-    assert watch.take()["memory/other_gib"] == 4.0
+    assert watch.take()["memory/other_peak_gib"] == 4.0

@@ -113,7 +113,9 @@ def test_a_probe_that_differs_by_more_than_the_bound_raises_the_alarm(error: flo
 
 def test_the_probes_prefix_is_cached_before_the_new_weights_arrive():
     engine = WatchedEngine()
-    sync(OffLearner(), engine)(version=3)
+    weight_sync = sync(OffLearner(), engine)
+    weight_sync.cache_probe()
+    weight_sync(version=3)
     assert engine.events == ["generate 1", "load 3", f"generate {PROBE_TOKENS}"]
     before, after = (batch[0] for batch in engine.seen)
     assert before.context.tolist() == after.context.tolist() == [*range(65, 85)]
@@ -142,8 +144,13 @@ def test_each_version_probes_with_its_own_seed():
     weight_sync = sync(OffLearner(), engine)
     weight_sync(version=1)
     weight_sync(version=2)
-    seeds = [batch[0].seed for batch in engine.seen]
-    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+    first, second = (batch[0].seed for batch in engine.seen)
+    assert first != second
+
+
+def test_a_verdict_is_given_once():
+    weight_sync = sync(OffLearner(), WatchedEngine())
+    assert weight_sync(version=1) and weight_sync.verdict() == {}
 
 
 def test_the_probes_context_repeats_a_prompt_and_leaves_room_for_what_is_sampled():

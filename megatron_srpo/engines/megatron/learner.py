@@ -20,7 +20,7 @@ ranks; tests/parallel proves it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_chunks
 from megatron_srpo.engines.megatron.names import heads_of
 from megatron_srpo.engines.megatron.optimizer import MegatronAdam
+from megatron_srpo.engines.megatron.parking import Parking, bytes_of
 from megatron_srpo.engines.megatron.reference import ParkedWeights
 from megatron_srpo.engines.megatron.weights import (
     all_shards,
@@ -60,6 +61,7 @@ from megatron_srpo.loss import (
     to_metrics,
 )
 from megatron_srpo.loss import policy_loss as reference_loss
+from megatron_srpo.protocols import LearnerPart
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.types import AlarmError, Batch, Floats, MicroBatch, Tokens
 
@@ -124,6 +126,8 @@ class MegatronLearner:
         self._reference = ParkedWeights(self.modules) if loss.kl_coef else None
         self._forward = Forward(self.models, mesh, self._heads, kernels, self._points)
         self._tell_schedule(mesh.parallel.overlap)
+        self._device = next(self.modules[0].parameters()).device
+        self._parking = {part: Parking(device=self._device) for part in ("optimizer", "weights")}
 
     def _tell_schedule(self, overlap: bool) -> None:
         """Megatron's schedules find what they call in the model's config."""
@@ -257,6 +261,41 @@ class MegatronLearner:
             local_parameters(self.modules, self._mesh),
             tied=self.modules[0].share_embeddings_and_output_weights,
         )
+
+    def park(self, part: LearnerPart) -> None:
+        """Implements `Parkable`. Weights are also Adam's own where they are float32: its updates
+        are views of them, and stay so."""
+        if part == "gradients":
+            for model in self.models:
+                model.offload_grad_buffers()
+        else:
+            self._parking[part].park(self._tensors(part))
+            torch.cuda.empty_cache()  # it is the driver that gives it to the rollout engine
+
+    def unpark(self, part: LearnerPart) -> None:
+        if part == "gradients":
+            for model in self.models:
+                model.restore_grad_buffers()
+        else:
+            self._parking[part].unpark()
+
+    def held(self) -> dict[str, int]:
+        parts: tuple[LearnerPart, ...] = ("weights", "gradients", "optimizer")
+        return {part: bytes_of(self._tensors(part), self._device) for part in parts}
+
+    def _tensors(self, part: LearnerPart) -> Iterable[Tensor]:
+        """All that the part has on its device: its storages are nobody else's."""
+        buffers = [
+            b for model in self.models for b in model.buffers + model.expert_parallel_buffers
+        ]
+        if part == "gradients":
+            return [buffer.grad_data for buffer in buffers]
+        weights = [buffer.param_data for buffer in buffers]
+        if part == "weights":
+            return weights
+        of_weights = {tensor.untyped_storage()._cdata for tensor in weights}
+        tensors = self.optimizer.tensors()
+        return [t for t in tensors if t.untyped_storage()._cdata not in of_weights]
 
     def _finalize_without_count(
         self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any

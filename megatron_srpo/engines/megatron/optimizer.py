@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from megatron_srpo.config_precision import Fp8Config
 from megatron_srpo.config_sections import OptimizerConfig
 from megatron_srpo.engines.megatron.cpu import cuda_type_names
 from megatron_srpo.engines.megatron.fp8 import optimizer_fields
-from megatron_srpo.engines.megatron.upstream import load_states, sharded_states, write_weights
+from megatron_srpo.engines.megatron.upstream import (
+    load_states,
+    parts_of,
+    sharded_states,
+    write_weights,
+)
+from megatron_srpo.types import InputError
 
 
 class MegatronAdam:
@@ -31,6 +38,10 @@ class MegatronAdam:
         dtype: torch.dtype,
         num_steps: int,
     ) -> None:
+        """Raises `InputError` if what an offloaded state needs is not there (that the model is
+        bfloat16, `Config` has seen)."""
+        if cfg.offload_fraction:
+            _check_offload(cfg.offload_fraction)
         config = MegatronOptimizerConfig(
             optimizer="adam",
             lr=cfg.lr,
@@ -45,6 +56,11 @@ class MegatronAdam:
             use_distributed_optimizer=True,
             overlap_param_gather=models[0].ddp_config.overlap_param_gather,
             **optimizer_fields(fp8),
+            optimizer_cpu_offload=cfg.offload_fraction > 0,
+            optimizer_offload_fraction=cfg.offload_fraction,
+            overlap_cpu_optimizer_d2h_h2d=True,
+            # Else float32 parameters stay on the GPU, and a checkpoint cannot be loaded.
+            use_precision_aware_optimizer=cfg.offload_fraction > 0,
         )
         self._is_of_fp8 = fp8.param_gather
         with cuda_type_names():
@@ -84,6 +100,15 @@ class MegatronAdam:
         _, grad_norm, _ = done
         return float(grad_norm)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Float32 parameters and Adam's state, as far as there is one; those of the model among
+        them, where it is float32 itself."""
+        for part in parts_of(self._optimizer):
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
     def sharded_state(
         self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
     ) -> dict[str, Any]:
@@ -100,3 +125,12 @@ class MegatronAdam:
             write_weights(self._optimizer)
         self._schedule.num_steps = 0  # Megatron adds the checkpoint's number to it
         self._schedule.load_state_dict(schedule)
+
+
+def _check_offload(fraction: float) -> None:
+    """Megatron would pass over the one, and end in a TypeError without the other."""
+    named = f"optimizer.offload_fraction={fraction:g}"
+    if not torch.cuda.is_available():
+        raise InputError(f"{named} needs a GPU: here all is in host memory; leave it at 0")
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise InputError(f"{named} needs Transformer Engine, which is not installed; leave it at 0")

@@ -21,11 +21,15 @@ Transformer Engine nor Apex is installed, GPU or not, checkpointed as `fully_res
 4. Experts that are shared have an optimizer of their own, whose part of a checkpoint only a run can
    load that shares them too.   -> `sharded_states`: number of steps and tensors are all that is
    saved; what else a group of parameters has, the config and the schedule say again
-5. Where a group holds parameters of two dtypes, states are saved under other parameters' names: the
+5. An optimizer that is partly in host memory (`HybridDeviceOptimizer`) gets its first state only by
+   a step on random gradients, which would be saved; without `use_precision_aware_optimizer`, and of
+   float32 parameters, its state cannot be loaded (KeyError).   -> `allocate_hybrid`,
+   `optimizer.MegatronAdam`; read, never run: it needs a GPU
+6. Where a group holds parameters of two dtypes, states are saved under other parameters' names: the
    inner optimizer has float32 ones first, the index that the checkpoint goes by does not.
    -> the model has one dtype (`layers.RMSNorm`; weights in FP8 are bf16 to the optimizer), and
    `allocate_states` insists on it
-6. Weights that are held in FP8 (`fp8.py`) are loaded after another rounding: from what they were as
+7. Weights that are held in FP8 (`fp8.py`) are loaded after another rounding: from what they were as
    bf16.   -> `write_weights`, from what the optimizer holds
 
 tests/parallel/test_upstream.py shows each fault without its way around, and fails when upstream
@@ -47,9 +51,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
-def _parts(optimizer: MegatronOptimizer) -> Sequence[Any]:
+def parts_of(optimizer: MegatronOptimizer) -> Sequence[Any]:
     """Distributed optimizers; experts, if there are any, have one of their own."""
     chained = isinstance(optimizer, ChainedOptimizer)
     return optimizer.chained_optimizers if chained else [optimizer]
@@ -57,15 +62,30 @@ def _parts(optimizer: MegatronOptimizer) -> Sequence[Any]:
 
 def allocate_states(optimizer: MegatronOptimizer) -> None:
     """Adam's state of parameters that have none yet, as their first step would begin with it."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         dtypes = {buffer.param_dtype for buffer in part.buffers}
         assert len(dtypes) == 1 or torch.float32 not in dtypes, (
             f"optimizer states of mixed dtypes would be mixed up: {dtypes}"
         )
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            allocate_hybrid(part.optimizer)
+            continue
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.zeros(()))
+
+
+def allocate_hybrid(hybrid: Any) -> None:
+    """The same of an optimizer in two places."""
+    for adam in hybrid.sub_optimizers:
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            state = adam.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                state.setdefault(name, torch.zeros_like(parameter))
+            if isinstance(adam, torch.optim.AdamW):
+                state.setdefault("step", torch.zeros(()))
+    hybrid._sync_sub_optimizers_state_to_hdo()
 
 
 def sharded_states(
@@ -77,7 +97,7 @@ def sharded_states(
 ) -> dict[str, Any]:
     """Number of steps, and the state of every parameter under the parameter's own name."""
     allocate_states(optimizer)
-    parts = _parts(optimizer)
+    parts = parts_of(optimizer)
     of_parts = [
         part.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
         for part in parts
@@ -90,6 +110,8 @@ def sharded_states(
 
 def _num_steps(adam: Any) -> int:
     """Torch's Adam counts for each parameter, Transformer Engine's and Apex' for each group."""
+    if isinstance(adam, HybridDeviceOptimizer):
+        return _num_steps(adam.sub_optimizers[0])
     if isinstance(adam, torch.optim.AdamW):
         return int(next(iter(adam.state.values()))["step"])
     return int(adam.param_groups[0].get("step", 0))
@@ -97,22 +119,28 @@ def _num_steps(adam: Any) -> int:
 
 def load_states(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """`state` is what was saved as `sharded_states`."""
-    for index, part in enumerate(_parts(optimizer)):
-        held = list(part.optimizer.state.values())
-        for each in held:
-            each.pop("step", None)
+    for index, part in enumerate(parts_of(optimizer)):
+        for held in part.optimizer.state.values():
+            held.pop("step", None)
         part.load_parameter_state_from_fully_reshardable(state["states"][str(index)])
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for each in held:
-                each["step"] = torch.tensor(float(state["step"]))
-        else:
-            for group in part.optimizer.param_groups:
-                group["step"] = state["step"]
+        is_hybrid = isinstance(part.optimizer, HybridDeviceOptimizer)
+        for adam in part.optimizer.sub_optimizers if is_hybrid else [part.optimizer]:
+            _set_step(adam, state["step"])
+
+
+def _set_step(adam: Any, step: int) -> None:
+    """A tensor for each parameter of torch's: a shared one counts too often."""
+    if isinstance(adam, torch.optim.AdamW):
+        for held in adam.state.values():
+            held["step"] = torch.tensor(float(step))
+    else:
+        for group in adam.param_groups:
+            group["step"] = step
 
 
 def write_weights(optimizer: MegatronOptimizer) -> None:
     """The model's, of the optimizer's own and on all ranks, as a step ends."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         if part.config.reuse_grad_buf_for_mxfp8_param_ag:
             part._copy_main_params_to_param_buffer()
         else:

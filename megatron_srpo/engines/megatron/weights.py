@@ -1,7 +1,8 @@
 """Hugging Face tensors <-> Megatron's shards, over tensor, pipeline and expert parallel ranks.
 
     load_hf:       full tensors of a folder -> this rank's shards
-    full_tensors:  every rank's shards -> full tensors, one at a time, the same on every rank
+    full_tensors:  every rank's shards -> full tensors, one at a time, the same on every rank,
+                   gathered in buckets
 
 A parameter is named as in a model of one stage that holds all experts: layers are counted over the
 whole pipeline, experts over all ranks.
@@ -9,6 +10,7 @@ whole pipeline, experts over all ranks.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,10 @@ from megatron_srpo.engines.megatron.names import (
 )
 from megatron_srpo.hf_folder import EMBEDDING, HEAD, check_finite, read_tensors
 from megatron_srpo.types import InputError
+
+BUCKET_BYTES = 2**29
+"""Of full tensors that are gathered together: enough for the network to be busy, little beside
+what a rollout engine needs for its work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +152,7 @@ def full_tensors(
     local: Mapping[str, Tensor],
     *,
     tied: bool,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator[tuple[str, Tensor]]:
     """Collective: (Hugging Face name, full tensor), weights or whatever has their shapes.
 
@@ -154,39 +161,74 @@ def full_tensors(
     tied to it: an engine that packs its head cannot follow a tie. A last stage's own copy of a tied
     head is not sent: the probe after a weight sync, which computes with it, shows whether it is the
     embedding still.
+
+    Tensors stay on their device and are gathered bucket by bucket: at any time there are this
+    rank's part of a bucket, the parts of all tensor parallel ranks, and one parameter put together
+    and taken apart. A parameter that is larger than a bucket is one of its own. Nothing is used
+    twice, so that a tensor may be kept: vLLM keeps those of a layer until it has all.
     """
     some = next(iter(local.values()))
+    wanted = [s for s in shards if not (tied and family.rule(s.name)[1] == (HEAD,))]
+    sizes = {s.name: math.prod(s.shape) * some.element_size() for s in wanted}
+    for bucket in buckets(wanted, sizes, bucket_bytes // mesh.tp_size):
+        for shard, parts in _gathered(bucket, local, mesh, some):
+            yield from _named(family, heads, shard, parts, tied=tied)
+            del parts  # or the bucket would be there while the next one is gathered
+
+
+def _named(
+    family: Family, heads: Heads, shard: Shard, parts: Sequence[Tensor], *, tied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a parameter of which all ranks' parts are here."""
+    layout, hf_names = family.rule(shard.name)
+    full = whole(layout, parts, shard.dim)
+    for hf_name, tensor in zip(hf_names, split(layout, full, heads), strict=True):
+        yield hf_name, tensor
+        if tied and hf_name == EMBEDDING:
+            yield HEAD, tensor
+
+
+def buckets(
+    shards: Sequence[Shard], sizes: Mapping[str, int], most_bytes: int
+) -> Iterator[list[Shard]]:
+    """What travels together: it comes from one holder, all sharded or all not, and experts of one
+    layer only, or a layer would be in many buckets. `sizes` and `most_bytes` are one rank's."""
+    filling: dict[tuple[Any, ...], list[Shard]] = {}
     for shard in shards:
-        layout, hf_names = family.rule(shard.name)
-        if tied and hf_names == (HEAD,):
-            continue
-        here = _from_holder(shard, local, mesh, some)
-        full = whole(layout, _over_tp(shard, here, mesh), shard.dim)
-        for hf_name, tensor in zip(hf_names, split(layout, full, heads), strict=True):
-            yield hf_name, tensor
-            if tied and hf_name == EMBEDDING:
-                yield HEAD, tensor
+        layer = IN_LAYER.fullmatch(shard.name) if shard.expert_rank is not None else None
+        kind = (shard.stage, shard.expert_rank, layer and layer[1], shard.dim is None)
+        bucket = filling.setdefault(kind, [])
+        if bucket and sum(sizes[s.name] for s in bucket) + sizes[shard.name] > most_bytes:
+            yield bucket
+            filling[kind] = bucket = []
+        bucket.append(shard)
+    yield from filling.values()
 
 
-def _from_holder(shard: Shard, local: Mapping[str, Tensor], mesh: Mesh, like: Tensor) -> Tensor:
-    """The shard of this tensor parallel rank, from the stage and the expert rank that hold it."""
-    is_mine = shard.name in local
-    tensor = (
-        plain(local[shard.name])
-        if is_mine
-        else torch.empty(shard.shape, dtype=like.dtype, device=like.device)
-    )
-    if shard.expert_rank is not None and mesh.ep_size > 1 and shard.stage == mesh.pp_rank:
-        dist.broadcast(tensor, group=mesh.ep_group, group_src=shard.expert_rank)
+def _gathered(
+    bucket: Sequence[Shard], local: Mapping[str, Tensor], mesh: Mesh, like: Tensor
+) -> Iterator[tuple[Shard, list[Tensor]]]:
+    """Each with the parts of all tensor parallel ranks, in their order; of one that is not sharded,
+    one. What is all here already is not copied."""
+    one = bucket[0]
+    comes_from_expert = one.expert_rank is not None and mesh.ep_size > 1
+    is_sharded = one.dim is not None and mesh.tp_size > 1
+    if not is_sharded and not comes_from_expert and mesh.pp_size == 1:
+        yield from ((shard, [plain(local[shard.name])]) for shard in bucket)
+        return
+    counts = [math.prod(shard.shape) for shard in bucket]
+    if one.name in local:
+        flat = torch.cat([plain(local[shard.name]).flatten() for shard in bucket])
+    else:
+        flat = torch.empty(sum(counts), dtype=like.dtype, device=like.device)
+    if comes_from_expert and one.stage == mesh.pp_rank:
+        dist.broadcast(flat, group=mesh.ep_group, group_src=one.expert_rank)
     if mesh.pp_size > 1:
-        dist.broadcast(tensor, group=mesh.pp_group, group_src=shard.stage)
-    return tensor
-
-
-def _over_tp(shard: Shard, tensor: Tensor, mesh: Mesh) -> list[Tensor]:
-    """All shards of a parameter, in the order of ranks."""
-    if shard.dim is None or mesh.tp_size == 1:
-        return [tensor]
-    shards = [torch.empty_like(tensor) for _ in range(mesh.tp_size)]
-    dist.all_gather(shards, tensor.contiguous(), group=mesh.tp_group)
-    return shards
+        dist.broadcast(flat, group=mesh.pp_group, group_src=one.stage)
+    rows = flat[None]
+    if is_sharded:
+        everywhere = flat.new_empty(mesh.tp_size * len(flat))
+        dist.all_gather_into_tensor(everywhere, flat, group=mesh.tp_group)
+        rows = everywhere.view(mesh.tp_size, -1)
+    for shard, columns in zip(bucket, rows.split(counts, dim=1), strict=True):
+        yield shard, [part.view(shard.shape) for part in columns]

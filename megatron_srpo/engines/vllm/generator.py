@@ -17,7 +17,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_srpo.config_sections import RolloutConfig
-from megatron_srpo.protocols import NamedTensors
+from megatron_srpo.protocols import EnginePart, NamedTensors
 from megatron_srpo.types import AlarmError, Completion, Floats, Request, Tokens
 
 CPU_ARGUMENTS: dict[str, Any] = {
@@ -30,6 +30,13 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "enable_chunked_prefill": False,
 }
 
+GPU_ARGUMENTS: dict[str, Any] = {
+    "enable_sleep_mode": True,
+    # vLLM will not start unless this share of the GPU is free, and takes no notice of it otherwise:
+    # `kv_cache_memory_bytes` says what it gets. A trainer holds the rest.
+    "gpu_memory_utilization": 0.05,
+}
+
 FLAT: dict[str, Any] = {
     "flat_logprobs": True,
     "detokenize": False,
@@ -40,6 +47,8 @@ FP8 = "fp8_per_tensor"
 """Online quantization; "fp8" is that of folders that hold FP8 (config/quantization.py)."""
 MOST_NAMED = 5
 """Requests in a message."""
+ALL: tuple[EnginePart, ...] = ("weights", "kv_cache")
+"""What sleeps and wakes, in the order in which it wakes."""
 
 
 class VllmGenerator:
@@ -52,16 +61,19 @@ class VllmGenerator:
         *,
         dtype: Literal["float32", "bfloat16"],
         is_fp8: bool = False,
+        has_weights: bool = True,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Torch's process group must exist already: the engine joins it (`external_launcher`).
 
-        `is_fp8`: of the weights in the folder, and of those that are loaded later, the engine keeps
-        FP8 copies of its own making, with one scale per tensor; activations are scaled as they
-        come, head and embedding stay as they are.
-        `before_step` is called before each engine step; what it raises ends `generate`.
+        `is_fp8`: of the weights that are loaded the engine keeps FP8 copies of its own making, with
+        one scale per tensor; activations are scaled as they come, head and embedding stay as they
+        are.
+        `before_step` is called before each engine step; what it raises ends `generate`. Without
+        `has_weights` the folder's are not read: others come before anything is generated.
         """
-        with _own_random_state():
+        self._random_state = torch.get_rng_state()
+        with self._own_random_state():
             self._llm = LLM(
                 str(folder),
                 dtype=dtype,
@@ -75,9 +87,13 @@ class VllmGenerator:
                 distributed_executor_backend="external_launcher",
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                seed=0,  # requests carry their own seeds
-                **({} if torch.cuda.is_available() else CPU_ARGUMENTS),
+                seed=0,  # requests carry their own seeds, or `generate` sets one
+                load_format="auto" if has_weights else "dummy",
+                **(GPU_ARGUMENTS if torch.cuda.is_available() else CPU_ARGUMENTS),
             )
+        self._cfg = cfg
+        self._weight_bytes = sum(self._llm.collective_rpc(_weight_bytes))
+        self._awake: tuple[EnginePart, ...] = ALL
         self._max_model_len = cfg.max_model_len
         self._before_step = before_step
         self.weight_version = 0
@@ -88,12 +104,15 @@ class VllmGenerator:
         Raises `AlarmError` for a request without a token, with a log-prob that is not finite, or
         that the engine forgets; what the engine raises has a note that names its requests.
         """
+        has_seeds = self._cfg.seeding == "request"
+        if requests and not has_seeds:
+            self._seed(requests[0].seed)
         for request in requests:
             params = SamplingParams(
                 max_tokens=request.max_tokens,
                 temperature=request.temperature,
                 top_p=request.top_p,
-                seed=request.seed,
+                seed=request.seed if has_seeds else None,
                 logprobs=0,
                 **FLAT,
             )
@@ -136,6 +155,8 @@ class VllmGenerator:
         return scored
 
     def _add(self, id: str, context: Tokens, params: SamplingParams) -> None:
+        # A sleeping engine takes requests, and then never has a step for them.
+        assert self._awake == ALL, f"the rollout engine sleeps: awake are {self._awake or 'none'}"
         with _naming([id]):
             self._llm.llm_engine.add_request(id, {"prompt_token_ids": context.tolist()}, params)
 
@@ -144,7 +165,7 @@ class VllmGenerator:
         engine, unfinished = self._llm.llm_engine, dict.fromkeys(ids)
         while engine.has_unfinished_requests():
             self._before_step()
-            with _own_random_state(), _naming(unfinished):
+            with self._own_random_state(), _naming(unfinished):
                 finished = engine.step()
             for output in finished:
                 assert isinstance(output, RequestOutput)
@@ -158,12 +179,59 @@ class VllmGenerator:
 
         vLLM takes in a layer's weights, quantizes them where it is to, and copies the result to
         where its graphs look for it (model_executor/model_loader/reload/layerwise.py): what calls
-        the model's own `load_weights` instead would write bf16 into FP8.
+        the model's own `load_weights` instead would write bf16 into FP8. Tensors may be kept until
+        all of a layer are there: they must not change.
         """
+        assert "weights" in self._awake, "there is no room for weights: the rollout engine sleeps"
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         if not self._llm.reset_prefix_cache():
             raise AlarmError("the prefix cache could not be reset: requests are still running")
         self.weight_version = version
+
+    def sleep(self) -> None:
+        """Implements `Sleeper`. Requests that were left behind are forgotten."""
+        assert self._awake, "the rollout engine sleeps already"
+        self._llm.sleep(level=2)  # level 1 would keep a copy of the weights in host memory
+        self._awake = ()
+
+    def wake(self, part: EnginePart) -> None:
+        """Implements `Sleeper`."""
+        expected = ALL[len(self._awake) :][:1]
+        assert expected == (part,), f"{part} is woken, not {' or '.join(expected) or 'nothing'}"
+        try:
+            self._llm.wake_up(tags=[part])
+        except RuntimeError as error:  # of the driver, by way of vLLM's allocator
+            if "out of memory" not in str(error).lower():
+                raise
+            raise torch.OutOfMemoryError(f"no room for the rollout engine's {part}") from error
+        self._awake = (*self._awake, part)
+        # It says nothing where it was asked for what is awake, or not for all that sleeps.
+        assert self._llm.llm_engine.is_sleeping() == (self._awake != ALL)
+
+    def held(self) -> dict[str, int]:
+        sizes = {"weights": self._weight_bytes, "kv_cache": self._cfg.kv_cache_bytes}
+        return {f"engine {part}": sizes[part] * (part in self._awake) for part in ALL}
+
+    def _seed(self, seed: int) -> None:
+        """Of all that vLLM draws with where a request has no seed: its own state of torch's CPU
+        generator, the GPU's, and numpy's, from which newer runners take a request's seed. The
+        ranks of an engine set the same."""
+        self._random_state = torch.Generator().manual_seed(seed).get_state()
+        np.random.seed(seed % 2**32)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """vLLM reseeds and draws from torch's global generator; the trainer's must not notice, and
+        the engine's must go on where it stood: with the trainer's, every step drew alike."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self._random_state)
+        try:
+            yield
+        finally:
+            self._random_state = torch.get_rng_state()
+            torch.set_rng_state(outer)
 
     def close(self) -> None:
         """Before the process group that the engine joined is destroyed."""
@@ -239,11 +307,7 @@ def _scored(output: RequestOutput) -> Floats:
     return logprobs
 
 
-@contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
-    """vLLM reseeds and draws from torch's global generator; the trainer's must not notice."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+def _weight_bytes(worker: Any) -> int:
+    """Of this process's part of the model."""
+    parameters = worker.get_model().parameters()
+    return sum(parameter.untyped_storage().nbytes() for parameter in parameters)

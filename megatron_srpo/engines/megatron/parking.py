@@ -1,0 +1,94 @@
+"""Where is a learner's memory while the rollout engine has the GPU?   storages <-> host memory
+
+A tensor stays the object that it was, and so does every view of it: only the storage beneath them
+is emptied, and filled again with the same bytes. Megatron's parameters are views of one buffer, its
+float32 optimizer parameters are views of the same one, and `main_grad` is a view of another.
+
+Megatron-Core 0.16.1 has calls of its own. Those for gradients do the same and are used
+(`DistributedDataParallel.offload_grad_buffers`). The optimizer's (`MegatronOptimizer.
+offload_to_cpu`) give every parameter another `.data`: float32 ones are then no view of the model's
+any more and its updates go nowhere, without an error; and copies go through pageable memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, UntypedStorage
+
+PIECE = 2**28
+"""Bytes of one piece of host memory. torch makes a power of two of what is pinned at once: 33 GiB
+asked for in one would take 64."""
+
+
+class Parking:
+    """Storages that leave their device together. Host memory stays reserved for the next time."""
+
+    def __init__(self, *, device: torch.device) -> None:
+        """`device` is where the tensors live. Pinned memory needs a GPU, and goes to one alone."""
+        self._device, self._pieces = device, list[Tensor]()
+        self._away: list[tuple[UntypedStorage, int]] = []
+        """And how many bytes each holds when it is back."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is away."""
+        return sum(size for _, size in self._away)
+
+    def park(self, tensors: Iterable[Tensor]) -> None:
+        """Until `unpark`, nobody may look at them, nor at any view of them."""
+        assert not self._away, "parked already"
+        self._away = [(s, s.nbytes()) for s in storages_of(tensors, self._device)]
+        self._reserve()
+        for here, there in self._pairs():
+            there.copy_(here, non_blocking=True)
+        self._wait()
+        for storage, _ in self._away:
+            storage.resize_(0)
+
+    def unpark(self) -> None:
+        """Bit by bit what was parked."""
+        for storage, size in self._away:
+            storage.resize_(size)
+        for here, there in self._pairs():
+            here.copy_(there, non_blocking=True)
+        self._wait()
+        self._away = []
+
+    def _reserve(self) -> None:
+        """The last piece is as small as it can be, until a later call needs more."""
+        for index, start in enumerate(range(0, self.num_bytes, PIECE)):
+            size = min(PIECE, self.num_bytes - start)
+            if index < len(self._pieces) and len(self._pieces[index]) >= size:
+                continue
+            pinned = self._device.type == "cuda"
+            self._pieces[index:] = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned)]
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes on the device, and their place on the host."""
+        offset = 0
+        for storage, size in self._away:
+            here = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+            done = 0
+            while done < size:
+                piece, start = divmod(offset, PIECE)
+                count = min(size - done, PIECE - start)
+                yield here[done : done + count], self._pieces[piece][start : start + count]
+                done, offset = done + count, offset + count
+
+    def _wait(self) -> None:
+        """For copies: what is freed before they are done may be another's by then."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def storages_of(tensors: Iterable[Tensor], device: torch.device) -> list[UntypedStorage]:
+    """Each once, of tensors on such a device that hold something: parked ones do not."""
+    here = [t.untyped_storage() for t in tensors if t.device.type == device.type]
+    return [*{storage.data_ptr(): storage for storage in here if storage.nbytes()}.values()]
+
+
+def bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """That they hold on a device."""
+    return sum(storage.nbytes() for storage in storages_of(tensors, device))
