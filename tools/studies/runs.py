@@ -49,6 +49,8 @@ FIXED = (f"num_steps={MANY_STEPS}", "max_logprob_diff=0.01", "run_dir=runs/claim
 """Of all runs. The demo's bound on differences is an alarm for its small learning rate; a sharper
 policy amplifies fp32 rounding. Nothing is written to `run_dir`."""
 PASS = "eval/held_out/pass_at_1"
+MISMATCH = "mismatch/logprob_abs_max"
+"""Of steps that train on something."""
 
 
 class BudgetSpent(BaseException):
@@ -183,5 +185,5 @@ def record(job: Job, run: Run, lines: Sequence[Mapping[str, float]], counts: Cou
             if n.startswith("time/") and seconds >= 0.05
         },
         length=round(lines[-1]["eval/held_out/response_tokens_mean"], 2),
-        mismatch=float(f"{max(line['mismatch/logprob_abs_max'] for line in steps):.1e}"),
+        mismatch=float(f"{max(line.get(MISMATCH, 0.0) for line in steps):.1e}"),
     )
