@@ -16,7 +16,12 @@ from tools.studies.regimes import REGIMES
 pytestmark = pytest.mark.slow
 
 TINY = Size(
-    num_batches=3, batch_tokens=600, num_measured=8, reference_prompts=64, reference_rollouts=16
+    num_batches=3,
+    baseline_batches=3,
+    batch_tokens=600,
+    num_measured=8,
+    reference_prompts=64,
+    reference_rollouts=16,
 )
 GRPO, HALF, CHAIN = (cell("h8", "start", arm) for arm in ("grpo", "half", "chain26"))
 

@@ -64,6 +64,8 @@ class Size:
     """Of a measurement."""
 
     num_batches: int = 24
+    baseline_batches: int = 96
+    """Of the arm that is in all ratios."""
     batch_tokens: float = 2400
     """Generated, of all kinds: what 16 prompts cost GRPO in h8."""
     num_measured: int = 64
@@ -190,7 +192,9 @@ class Bench:
         some = prompts[: size.num_measured]
         num_tokens = tokens_of(self._collect(some, cfg), cfg)
         num = prompts_for(size.batch_tokens, num_tokens, num_prompts=len(some))
-        groups = self._collect(prompts[: num * size.num_batches], cfg)
+        is_baseline = cell.settings == tuple(sorted(ARMS[TUNED]))
+        num_batches = size.baseline_batches if is_baseline else size.num_batches
+        groups = self._collect(prompts[: num * num_batches], cfg)
         gradients = [self._gradient(part, cfg) for part in parts(groups, num)]
         reference = halves[0] + halves[1]
         predicted = predicted_gain([combine([rollout_sums(groups, cfg)])])
@@ -198,7 +202,7 @@ class Bench:
             cell=cell,
             passed=round(passed, 4),
             num_prompts=num,
-            tokens=round(tokens_of(groups, cfg) / size.num_batches, 1),
+            tokens=round(tokens_of(groups, cfg) / num_batches, 1),
             cosines=[round(cosine(each, reference), 4) for each in gradients],
             together=round(cosine(np.sum(gradients, axis=0), reference), 4),
             halves=round(cosine(*halves), 4),

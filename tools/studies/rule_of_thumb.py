@@ -34,13 +34,14 @@ from tools.studies.table import TUNED
 Known = Mapping[Cell, Alignment]
 EXPLAINED = f"""\
 Batches of every arm with about the same number of generated tokens (localization and draws in
-search of seeds included), by the run's own rollouts, credit and backward pass; nothing is updated,
-and there is no loss but the policy loss. Cosine: of one batch's gradient with that of the pass
-rate, ± a standard error; a large sample of other prompts stands for the latter, and cosines are
-corrected for its noise (`tools/studies/alignment.py`). SNR: cos² / (1 - cos²) per token over
-{TUNED}'s, ×/÷ a standard error; none where {TUNED}'s cosine is less than {SURE:.0f} standard errors
-above 0. Sum: cosine of the sum of all batches, 1 but for bias and the noise that is left.
-Predicted: what the rule of thumb (`megatron_srpo/payoff.py`) makes of the same rollouts.
+search of seeds included), by the run's own rollouts, credit and backward pass; more batches of
+{TUNED}, which is in all ratios. Nothing is updated, and there is no loss but the policy loss.
+Cosine: of one batch's gradient with that of the pass rate, ± a standard error; a large sample of
+other prompts stands for the latter, and cosines are corrected for its noise
+(`tools/studies/alignment.py`). SNR: cos² / (1 - cos²) per token over {TUNED}'s, ×/÷ a standard
+error; none where {TUNED}'s cosine is less than {SURE:.0f} standard errors above 0. Sum: cosine of
+the sum of all batches, 1 but for bias and the noise that is left. Predicted: what the rule of thumb
+(`megatron_srpo/payoff.py`) makes of the same rollouts.
 """
 CHECKED = f"""\
 ### What predicts what
