@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from tools.gpu.world import GIB, World, config_of, used_gib
 
 Task = tuple[str, Callable[[], list[Result]]]
 VARIANTS = {"bf16": ["dtype=bfloat16"], "FP8 rollouts": ["dtype=bfloat16", "fp8.rollout=true"]}
-WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64}
+WIDE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64}
 """So that what is given back is larger than what the driver rounds."""
 PROBE_NATS = {"bf16": 0.5, "FP8 rollouts": 1.0}
 NUM_CYCLES = 3

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ ENGINE = {"gradient_off": 0.05, "logprob_mean_nats": 0.03}
 """bfloat16 has 8 bits: a product of random numbers is off by 0.4 %, and layers add up."""
 FP8 = {"loss_off": 0.05, "gradient_off": 0.3}
 """e4m3 has 4 bits: each number is off by up to 6 %."""
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 Task = tuple[str, Callable[[], list[Result]]]
 
 

@@ -132,8 +132,8 @@ class World:
                 Sample(
                     id=answer.request_id,
                     token_ids=np.concatenate([context, answer.token_ids]).astype(np.int32),
-                    loss_weight=np.concatenate([nothing, own / len(own)]),
-                    advantage=np.concatenate([nothing, own * (-1) ** index]),
+                    loss_weight=np.concatenate([nothing, own / np.float32(len(own))]),
+                    advantage=np.concatenate([nothing, own * np.float32((-1) ** index)]),
                     logprob=np.concatenate([nothing, answer.logprobs]),
                     count=1.0,
                 )

@@ -285,9 +285,8 @@ class MegatronLearner:
 
     def _tensors(self, part: LearnerPart) -> Iterable[Tensor]:
         """All that the part has on its device: its storages are nobody else's."""
-        buffers = [
-            b for model in self.models for b in model.buffers + model.expert_parallel_buffers
-        ]
+        models: list[Any] = self.models  # whose `buffers` are not torch's
+        buffers = [b for model in models for b in model.buffers + model.expert_parallel_buffers]
         if part == "gradients":
             return [buffer.grad_data for buffer in buffers]
         weights = [buffer.param_data for buffer in buffers]
