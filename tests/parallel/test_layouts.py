@@ -152,7 +152,9 @@ def test_ranks_that_share_a_vocabulary_have_the_same_bits_and_what_one_process_h
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     (alone,) = pool.run(1, jobs.shared_vocabulary, [0, 37])
     for one, right in zip(first, alone, strict=True):
-        torch.testing.assert_close(one, right, rtol=1e-6, atol=5e-6)
+        # Gradients, whose rows are weighted with up to 9, to 1e-6 of their largest element.
+        atol = max(5e-6, 1e-6 * float(right.abs().max()))
+        torch.testing.assert_close(one, right, rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("bounds", [[0, 20, 37], [0, 10, 20, 30, 37]], ids=["tp2", "tp4"])

@@ -70,7 +70,10 @@ def test_two_names_of_one_file_come_from_one_module(file: str):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("last", "k=last: must be one of none, random, self, oracle, depth_matched, or FILE.py:"),
+        (
+            "last",
+            "k=last: must be one of none, random, self, oracle, depth_matched, prompt, dial, or",
+        ),
         ("rules.txt:Last", "k=rules.txt:Last: must be one of"),
         ("nowhere/rules.py:Last", "k=nowhere/rules.py:Last: no such file: nowhere/rules.py"),
         ("{file}:Missing", "defines no function or class 'Missing'"),

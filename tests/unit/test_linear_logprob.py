@@ -263,7 +263,7 @@ def test_a_target_that_nobody_holds_is_impossible():
 
 def test_fp32_log_probs_of_a_large_vocabulary_are_exact_to_5e_6_nats_in_any_chunks():
     hidden, weight, targets, temperature = drawn(24, 30_011, 896, dtype=torch.float32)
-    weight *= 0.1
+    weight *= 0.08  # what is left is the rounding of the products, in which CPUs differ
     right, entropy = written_out((hidden, weight, targets, temperature.float()))
     for chunk in (1000, 8192, 30_011):
         found = linear_logprob(

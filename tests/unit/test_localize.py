@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_srpo.config_sections import LocalizeConfig
+from megatron_srpo.config_method import LocalizeConfig
 from megatron_srpo.localize import PARSERS, localization_context, parse_boxed, parse_verdicts
 from tests.unit.builders import TOKENIZER, config, prompt, rollout, text_of
 
