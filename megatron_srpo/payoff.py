@@ -9,8 +9,8 @@ rollouts to other states and cost tokens (localization, seeds) or save them (suf
 
 With rewards 0 and 1, V = pass rate from a prompt, W = from a reset state, b base rollouts and k
 suffixes, the numerator is (b - 1) V (1 - V) + (k - 1) W (1 - W). The rule knows nothing of which
-tokens are credited, nor of where a gradient points: docs/claims.md has its error on runs that it
-was not made from.
+tokens are credited, nor of where a gradient points; `tools/claims.py --only gradients` measures how
+far it is off.
 """
 
 from __future__ import annotations
