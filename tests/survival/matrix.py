@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,11 @@ class Ground:
             assert self.num_killed < last, f"{self.name}: {left} do not come"
             number = self.num_killed
             self.num_killed += 1
-            hits, wrong = self.kill_run(f"killed{number}", left[:IN_A_RUN])
+            tried = left[:IN_A_RUN]
+            hits, wrong = self.kill_run(f"killed{number}", tried)
             del left[: len(hits)]
+            if len(hits) < len(tried):  # the phase is shorter than in the run that was left alone
+                left[0] = replace(left[0], fraction=left[0].fraction / 4)
             yield number, hits, wrong
 
 
