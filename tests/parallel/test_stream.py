@@ -82,7 +82,7 @@ def streamed(mesh: Mesh, policy: Path, bucket_bytes: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("bucket_bytes", [2**14, 2**18, 2**29])
+@pytest.mark.parametrize("bucket_bytes", [2**14, 2**19, 2**29])
 def test_a_stream_holds_two_buckets_and_a_parameter_not_the_model(
     pool: Pool, tmp_path: Path, bucket_bytes: int
 ):
