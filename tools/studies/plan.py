@@ -7,6 +7,7 @@ stage all arms of a seed come before the next seed, so that a stop leaves whole 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from tools.studies.analysis import token_area
@@ -19,6 +20,7 @@ from tools.studies.table import (
     STUDIES,
     TUNED,
     TUNING_SEEDS,
+    Stage,
 )
 
 
@@ -55,28 +57,28 @@ def stages(
     store: Store, *, only: Sequence[str], regimes: Sequence[str], seeds: range
 ) -> Iterator[list[Job]]:
     """Jobs that are not done yet; each list is asked for when the one before it is done."""
-    for study, among, num_arms in STAGES:
-        chosen = [regime for regime in among if regime in regimes]
-        if study not in only or not chosen:
+    for stage in STAGES:
+        chosen = [regime for regime in stage.regimes if regime in regimes]
+        if stage.study not in only or not chosen:
             continue
         yield missing([each for regime in chosen for each in sweep(regime)], store)
-        yield missing(reported(study, chosen, num_arms, seeds, store), store)
+        yield missing(reported(replace(stage, regimes=chosen), seeds, store), store)
 
 
-def reported(
-    study: str, regimes: Sequence[str], num_arms: int, seeds: range, store: Store
-) -> list[Job]:
-    """Of the study's seeds those in `seeds`."""
-    tuning = {seed for regime in regimes for seed in TUNING_SEEDS[regime]}
+def reported(stage: Stage, seeds: range, store: Store) -> list[Job]:
+    """Of the stage's seeds those in `seeds`; of regimes whose learning rate is known."""
+    tuning = {seed for regime in stage.regimes for seed in TUNING_SEEDS[regime]}
     assert not tuning & set(seeds), "seeds that chose a learning rate are not reported"
-    each = STUDIES[study]
-    found: list[Job] = []
-    for seed in seeds:
-        for regime in regimes:
-            lr = best_lr(regime, store)
-            if lr is not None and seed < each.num_seeds[regime]:
-                found += [job(regime, arm, lr, seed) for arm in each.arms[:num_arms]]
-    return found
+    arms = STUDIES[stage.study].arms[: stage.num_arms]
+    rates = {regime: best_lr(regime, store) for regime in stage.regimes}
+    return [
+        job(regime, arm, lr, seed)
+        for seed in seeds
+        if seed < stage.num_seeds
+        for regime, lr in rates.items()
+        if lr is not None
+        for arm in arms
+    ]
 
 
 def missing(jobs: Sequence[Job], store: Store) -> list[Job]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 TUNING_SEEDS = {"h8": (900, 901, 902), **dict.fromkeys(("u8", "m8", "k8", "f8"), (900, 901))}
 """Chose each regime's learning rate, by GRPO's area under the curve over tokens; never reported."""
 SEEDS = range(10)
-"""What is reported; the first so many, where a study asks for fewer."""
+"""What is reported; the first so many, where a stage asks for fewer."""
 LEARNING_RATES = ("0.0002", "0.0003", "0.00045", "0.0007", "0.001")
 TUNED = "grpo"
 """The arm that is tuned: all others use its learning rate."""
@@ -77,21 +77,18 @@ class Study:
     arms: Sequence[str]
     baseline: str
     """The arm that the others are compared with, in pairs of one seed."""
-    num_seeds: Mapping[str, int]
-    """By regime."""
 
 
-SEVEN = {"u8": 7, "m8": 7, "k8": 7, "f8": 7}
 STUDIES: Mapping[str, Study] = {
     "methods": Study(
         title="Methods, credit and shapes",
         arms=(
             *("grpo", "srpo", "chain26", "rrpo", "half"),
-            *("chain26 random", "chain", "oracle", "chain26 half", "chain26 masked"),
-            *("srpo26", "chain26 dead", "prompt"),
+            *("chain", "oracle", "prompt"),
+            *("chain26 half", "chain26 dead"),
+            *("chain26 random", "chain26 masked", "srpo26"),
         ),
         baseline="grpo",
-        num_seeds={"h8": 10, **SEVEN},
     ),
     "localization": Study(
         title="How good must the localizer be, and what keeps it so?",
@@ -100,19 +97,16 @@ STUDIES: Mapping[str, Study] = {
             *("chain26 initial", "chain26 verified", "chain26 none", "srpo none", "grpo none"),
         ),
         baseline="chain26",
-        num_seeds={"h8": 5},
     ),
     "splits": Study(
         title="Splits of eight rollouts",
         arms=("srpo 1x4 extra", "srpo 2x4 extra", "srpo 1x8 extra", "srpo", "srpo26"),
         baseline="srpo 1x4 extra",
-        num_seeds={"h8": 7},
     ),
     "seeds": Study(
         title="Is the seed trained?",
         arms=("srpo", "srpo 1x4 extra"),
         baseline="srpo",
-        num_seeds={"h8": 7},
     ),
     "clip": Study(
         title="Clipping, KL and several updates of one batch",
@@ -121,22 +115,36 @@ STUDIES: Mapping[str, Study] = {
             *("grpo", "grpo u4", "grpo u4 clip"),
         ),
         baseline="srpo",
-        num_seeds={"h8": 5},
     ),
 }
 
-STAGES: Sequence[tuple[str, Sequence[str], int]] = (
-    ("methods", ("h8",), 5),
-    ("methods", ("u8", "m8", "k8", "f8"), 5),
-    ("methods", ("h8",), 99),
-    ("localization", ("h8",), 99),
-    ("methods", ("u8", "m8", "k8", "f8"), 10),
-    ("splits", ("h8",), 99),
-    ("clip", ("h8",), 99),
-    ("seeds", ("h8",), 99),
-    ("methods", ("u8", "m8", "k8", "f8"), 99),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Runs that are wanted together."""
+
+    study: str
+    regimes: Sequence[str]
+    num_arms: int = 99
+    """The study's first so many."""
+    num_seeds: int = 7
+
+
+OTHERS = ("u8", "m8", "k8", "f8")
+STAGES: Sequence[Stage] = (
+    Stage(study="methods", regimes=("h8",), num_arms=5),
+    Stage(study="methods", regimes=OTHERS, num_arms=5),
+    Stage(study="methods", regimes=("h8",), num_arms=10),
+    Stage(study="methods", regimes=OTHERS, num_arms=8),
+    Stage(study="methods", regimes=("u8", "m8"), num_arms=10),
+    Stage(study="localization", regimes=("h8",)),
+    Stage(study="splits", regimes=("h8",)),
+    Stage(study="seeds", regimes=("h8",)),
+    Stage(study="clip", regimes=("h8",)),
+    Stage(study="methods", regimes=("h8",), num_arms=5, num_seeds=10),
+    Stage(study="methods", regimes=("h8",)),
 )
-"""(study, regimes, its first so many arms): what matters most comes first."""
+"""What matters most comes first."""
 
 QUICK, QUICK_SEEDS = ("rrpo", "srpo"), range(3)
 """What `--quick` compares in h8."""
