@@ -117,7 +117,7 @@ def _study(name: str, study: Study, store: Store, pictures: Path) -> Iterator[st
     """A table for each regime that has runs of two arms at least."""
     title = f"## {study.title}\n"
     for regime_name, regime in REGIMES.items():
-        by = runs_of(study.arms, regime_name, SEEDS, store)
+        by = runs_of(study.arms, regime_name, SEEDS, store, study.lr)
         if len(by) < 2 or study.baseline not in by:
             continue
         yield title

@@ -69,15 +69,15 @@ def reported(stage: Stage, seeds: range, store: Store) -> list[Job]:
     """Of the stage's seeds those in `seeds`; of regimes whose learning rate is known."""
     tuning = {seed for regime in stage.regimes for seed in TUNING_SEEDS[regime]}
     assert not tuning & set(seeds), "seeds that chose a learning rate are not reported"
-    arms = STUDIES[stage.study].arms[: stage.num_arms]
-    rates = {regime: best_lr(regime, store) for regime in stage.regimes}
+    study = STUDIES[stage.study]
+    rates = {regime: study.lr or best_lr(regime, store) for regime in stage.regimes}
     return [
         job(regime, arm, lr, seed)
         for seed in seeds
         if seed < stage.num_seeds
         for regime, lr in rates.items()
         if lr is not None
-        for arm in arms
+        for arm in study.arms[: stage.num_arms]
     ]
 
 

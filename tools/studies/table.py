@@ -77,6 +77,8 @@ class Study:
     arms: Sequence[str]
     baseline: str
     """The arm that the others are compared with, in pairs of one seed."""
+    lr: str | None = None
+    """Instead of the regime's."""
 
 
 STUDIES: Mapping[str, Study] = {
@@ -89,6 +91,12 @@ STUDIES: Mapping[str, Study] = {
             *("chain26 random", "chain26 masked", "srpo26"),
         ),
         baseline="grpo",
+    ),
+    "slower": Study(
+        title="Everybody with two thirds of GRPO's best learning rate",
+        arms=("grpo", "srpo", "chain26"),
+        baseline="grpo",
+        lr="0.0003",
     ),
     "localization": Study(
         title="How good must the localizer be, and what keeps it so?",
@@ -137,6 +145,7 @@ STAGES: Sequence[Stage] = (
     Stage(study="methods", regimes=("h8",), num_arms=10),
     Stage(study="methods", regimes=OTHERS, num_arms=8),
     Stage(study="methods", regimes=("u8", "m8"), num_arms=10),
+    Stage(study="slower", regimes=("h8",)),
     Stage(study="localization", regimes=("h8",)),
     Stage(study="splits", regimes=("h8",)),
     Stage(study="seeds", regimes=("h8",)),
