@@ -122,6 +122,11 @@ class Config(Section):
                 "fp8.param_gather with fp8.recipe=mxfp8 does not go with parallel.overlap: weights "
                 "on their way and gradients share a buffer"
             )
+        if fp8.param_gather and fp8.recipe == "mxfp8" and "weights" in self.colocation.park:
+            raise ValueError(
+                "colocation.park=weights does not go with fp8.param_gather and fp8.recipe=mxfp8, "
+                "whose weights are in no buffer and would stay on the GPU"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config
+from megatron_srpo.engines.megatron.backend import machine_for
 from megatron_srpo.inputs import read_eval_inputs, read_inputs
 from megatron_srpo.types import InputError
 
@@ -127,7 +128,7 @@ def _sbatch(words: Sequence[str], site: Site) -> str:
 
 
 def _train_plan(cfg: Config, num_processes: int) -> list[str]:
-    inputs = read_inputs(cfg, num_processes=num_processes)
+    inputs = read_inputs(cfg, num_processes=num_processes, machine=machine_for(cfg))
     if inputs.progress.is_finished:
         raise InputError(f"run_dir={cfg.run_dir}: this run is finished")
     layout, algorithm, every = cfg.parallel, cfg.algorithm, cfg.checkpoint.every
@@ -145,7 +146,7 @@ def _train_plan(cfg: Config, num_processes: int) -> list[str]:
 
 
 def _eval_plan(cfg: Config, num_processes: int) -> list[str]:
-    inputs = read_eval_inputs(cfg, num_processes=num_processes)
+    inputs = read_eval_inputs(cfg, num_processes=num_processes, machine=machine_for(cfg))
     num_problems = sum(len(held_out.prompts) for held_out in inputs.sets)
     num_responses = cfg.eval.num_seeds * cfg.eval.num_samples + cfg.eval.greedy
     return [

@@ -106,6 +106,19 @@ def test_what_the_run_would_refuse_is_refused_before_the_queue(
     assert "algorithm.num_prompts=4 does not divide over 8 rollout engines" in too_many
 
 
+FP8 = ["dtype=bfloat16", "fp8.recipe=blockwise", "fp8.rollout=true", "--dry-run"]
+
+
+def test_what_only_the_nodes_have_is_no_reason_to_refuse_a_job(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This machine, like many that jobs are submitted from, has no GPU."""
+    assert main(["submit", str(config), *FP8]) == 0
+    assert main(["submit", str(config), *FP8, "--eval"]) == 0
+    said = refusal(capsys, config, *FP8, "parallel.tp=4", "--nodes=2")
+    assert "fp8.recipe=blockwise multiplies widths that divide by 16" in said
+
+
 def test_a_site_file_that_is_missing_or_wrong_is_named(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
