@@ -85,7 +85,8 @@ class Colocation:
                 begin()
             yield
         except RuntimeError as error:
-            if not is_exhausted(error):
+            # An alarm may quote whoever ran out of memory: a reward's process, say.
+            if isinstance(error, AlarmError) or not is_exhausted(error):
                 raise
             raise AlarmError(
                 told(name, error, self.turns.held(), self.planned_gib.get(name))

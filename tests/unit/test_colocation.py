@@ -335,8 +335,10 @@ def test_memory_that_libraries_miss_is_told_alike_and_no_other_error_is(said: st
     gpu = Colocation(Stopwatch(), StopPoints())
     with pytest.raises(AlarmError, match=r"out of memory in phase 'sync': "), gpu.syncing():
         raise RuntimeError(said)
-    with pytest.raises(RuntimeError, match="^illegal"), gpu.syncing():
+    with pytest.raises(RuntimeError, match=r"^illegal"), gpu.syncing():
         raise RuntimeError("illegal memory access")
+    with pytest.raises(AlarmError, match=r"^the reward"), gpu.syncing():
+        raise AlarmError("the reward of p17 failed: out of memory")
 
 
 def test_memory_that_is_exhausted_while_it_changes_hands_is_told_alike():
