@@ -7,13 +7,17 @@ import math
 import os
 import re
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_srpo.engines.fake import FakeGenerator
+from megatron_srpo.turns import TakeTurns
 from megatron_srpo.types import InputError
 from tools import gpu_check
 from tools.gpu import cycle, inputs, kernel_speed, rivals, sanitizer, shapes
@@ -237,6 +241,32 @@ def test_overhead_is_what_no_work_claims_and_fp8_s_share_needs_both_times():
     times["14B widths, FP8"] = 3.1
     result = run_check("x", partial(shapes.share, "14B", times))
     assert result.status == "fail" and result.numbers["share"] == pytest.approx(0.775)
+
+
+def test_what_lay_idle_in_the_allocator_is_no_memory_that_a_trainer_has_lent(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A trainer that keeps all of its 3 GiB, and empties torch's cache of as many."""
+    gib, idle = 2**30, [3]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", idle.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((100 - sum(idle)) * gib, 140 * gib))
+    learner = SimpleNamespace(
+        held=lambda: {"optimizer": 3 * gib},
+        park=lambda part: torch.cuda.empty_cache(),
+        unpark=lambda part: None,
+    )
+    turns = TakeTurns(learner=learner, engine=FakeGenerator(lambda *_: ""), park=("optimizer",))
+    world: Any = SimpleNamespace(
+        learner=learner,
+        engine=turns.engine,
+        gpu=SimpleNamespace(turns=turns, syncing=nullcontext),
+        sync=lambda version: None,
+        requests=lambda *_, **__: [],
+        step=lambda *_: {},
+    )
+    numbers, bounds = cycle.given_back(world)
+    assert numbers["learner_kept_gib"] == 3 > bounds["learner_kept_gib"]
 
 
 def sections(text: str) -> dict[str, list[list[str]]]:

@@ -38,6 +38,12 @@ def used_gib() -> float:
     return (total - free) / GIB
 
 
+def needed_gib() -> float:
+    """The same, without what torch's allocator only keeps for later."""
+    torch.cuda.empty_cache()
+    return used_gib()
+
+
 def config_of(model: Path, *overrides: str) -> Config:
     """A run on that model, which nobody begins. Raises `InputError` for what this build lacks."""
     folder = Path(tempfile.mkdtemp())
