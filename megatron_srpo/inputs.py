@@ -241,7 +241,9 @@ def check_engine_fits(cfg: Config, model: Mapping[str, Any]) -> None:
             f"rollout.max_model_len={longest} is more than the model's "
             f"max_position_embeddings={model['max_position_embeddings']}"
         )
-    num_values = 2 * model["num_hidden_layers"] * num_kv_heads(model) * head_size(model)
+    # Each process of an engine holds its own heads' keys and values.
+    num_heads = max(1, num_kv_heads(model) // cfg.rollout.tp)
+    num_values = 2 * model["num_hidden_layers"] * num_heads * head_size(model)
     num_bytes = num_values * {"float32": 4, "bfloat16": 2}[cfg.dtype]
     if cfg.rollout.kv_cache_bytes < num_bytes * longest:
         raise InputError(
