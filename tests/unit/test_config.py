@@ -550,10 +550,14 @@ def test_all_sections_are_looked_at():
             [
                 "optimizer.offload_fraction=0.5",
                 "dtype=bfloat16",
-                "fp8.recipe=delayed",
+                "fp8.recipe=tensorwise",
                 "fp8.param_gather=true",
             ],
             "offload_fraction does not go with fp8.param_gather",
+        ),
+        (
+            ["sft.run_dir=r", "sft.model=m", "sft.data=d", "sft.optimizer.offload_fraction=0.5"],
+            "sft.optimizer.offload_fraction=0.5 needs dtype=bfloat16",
         ),
         (["colocation.park=[weights,weights]"], "names something twice"),
     ],

@@ -23,10 +23,17 @@ from tools.gpu.result import Numbers, Result, not_run, run_check
 from tools.gpu.world import GIB, World, config_of, needed_gib, used_gib
 
 Task = tuple[str, Callable[[], list[Result]]]
-VARIANTS = {"bf16": ["dtype=bfloat16"], "FP8 rollouts": ["dtype=bfloat16", "fp8.rollout=true"]}
+VARIANTS = {
+    "bf16": ["dtype=bfloat16"],
+    "bf16, weights lent too": [
+        "dtype=bfloat16",
+        "colocation.park=[optimizer,gradients,weights]",
+    ],
+    "FP8 rollouts": ["dtype=bfloat16", "fp8.rollout=true"],
+}
 WIDE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64}
 """So that what is given back is larger than what the driver rounds."""
-PROBE_NATS = {"bf16": 0.5, "FP8 rollouts": 1.0}
+PROBE_NATS = {"float32": 1e-4, "bf16": 0.5, "bf16, weights lent too": 0.5, "FP8 rollouts": 1.0}
 NUM_CYCLES = 3
 WORKING = ("generate", "localize", "suffix", "eval", "train", "sync", "reward")
 
@@ -48,7 +55,7 @@ def cycles(name: str, overrides: list[str]) -> list[Result]:
     is_gpu = torch.cuda.is_available()
     shape = WIDE if is_gpu else {}
     folder = write_policy(Path(tempfile.mkdtemp()), seed=0, num_layers=4, tied=False, **shape)
-    bound = PROBE_NATS.get(name, 1e-4)
+    bound = PROBE_NATS[name]
     world = World.build(config_of(folder, f"max_logprob_diff={bound}", *overrides))
     probes: list[float] = []
     for version in range(NUM_CYCLES):
