@@ -164,10 +164,10 @@ def _stage_s(setup: Setup, stage: int, num_tokens: float, wanted: float, length:
     per_linear = share / (FP8_SHARE * gpu.fp8_flops) + (1 - share) / rate
     computed = num_tokens * (linear * per_linear + (attention + head) / rate)
     computed /= parallel.tp * parallel.cp
-    return computed + len(layers) * _layer_traffic_s(setup, num_tokens, passes)
+    return computed + len(layers) * layer_traffic_s(setup, num_tokens, passes)
 
 
-def _layer_traffic_s(setup: Setup, num_tokens: float, passes: int) -> float:
+def layer_traffic_s(setup: Setup, num_tokens: float, passes: int) -> float:
     """Sequence parallelism gathers and scatters four times a forward pass and six times a backward
     pass; context parallelism sends keys and values around, and their gradients; tokens travel to
     their experts and back."""

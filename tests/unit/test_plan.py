@@ -18,7 +18,7 @@ from megatron_srpo.__main__ import main
 from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.memory import LESS
-from megatron_srpo.plan.compute import generation_s, plan_step
+from megatron_srpo.plan.compute import generation_s, layer_traffic_s, plan_step
 from megatron_srpo.plan.hardware import (
     ENGINE_STEP_S,
     GPUS,
@@ -293,6 +293,13 @@ def test_answers_of_evenly_spread_lengths_take_as_many_steps_as_when_each_waits_
     )
 
 
+MOE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
+    "vocab_size": 151936, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
     "vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -330,6 +337,23 @@ def test_what_is_lent_travels_both_ways_at_the_host_s_rate(park: str) -> None:
     train = of("train", plan_memory(planned))
     lent = train.optimizer * ("optimizer" in park) + train.weights * ("weights" in park)
     assert plan_step(planned).park_s == pytest.approx(2 * lent / (0.75 * 64e9))
+
+
+def test_a_token_travels_to_each_of_its_experts_and_back_forwards_and_backwards(
+    tmp_path: Path,
+) -> None:
+    """48 layers of 8 experts a token; half of them are on the other of two ranks."""
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    alone, shared = (
+        replace(setup("parallel.tp=1", f"parallel.ep={ep}"), shape=read_shape(tmp_path))
+        for ep in (1, 2)
+    )
+    hidden = 1000 * 2048 * 2
+    assert layer_traffic_s(alone, 1000, 3) == 0
+    for passes, times in ((3, 4), (4, 6)):  # with recomputation forwards twice
+        assert layer_traffic_s(shared, 1000, passes) == pytest.approx(
+            times * 8 * hidden / 2 / (0.75 * 450e9)
+        )
 
 
 def test_an_offloaded_optimizer_is_no_faster_than_one_on_the_gpu() -> None:
@@ -445,14 +469,7 @@ def test_a_search_ranks_layouts_that_fit_and_finds_the_config_s_own() -> None:
 
 
 def test_experts_are_shared_in_a_search(tmp_path: Path) -> None:
-    moe = {
-        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
-        "vocab_size": 151936, "intermediate_size": 6144, "moe_intermediate_size": 768,
-        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(moe))
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
     shape = read_shape(tmp_path)
     assert rollout_weights(shape, 1)[0] == 30_532_122_624  # Qwen3-30B-A3B
     assert active_weights(shape, range(48)) == pytest.approx(2.75e9, rel=0.05)
@@ -497,6 +514,13 @@ def test_what_is_not_lent_stays_while_the_engine_is_awake(park: str):
     lent = train.optimizer * ("optimizer" in park) + train.weights * ("weights" in park)
     assert generate.host - train.host == lent
     assert sync.host - train.host == train.optimizer * ("optimizer" in park)
+
+
+def test_what_is_gathered_in_a_sync_is_there_in_part_in_parts_and_whole() -> None:
+    table = 152064 * 5120 * 2
+    for tp, pp, times in ((1, 1, 1), (2, 1, 2.5), (4, 1, 2.25), (1, 2, 2)):
+        layout = setup(f"parallel.tp={tp}", f"parallel.pp={pp}")
+        assert of("sync", plan_memory(layout)).workspace == times * table
 
 
 def test_an_offloaded_share_of_the_optimizer_is_on_the_host_in_every_phase():
