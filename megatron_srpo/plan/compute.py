@@ -266,11 +266,14 @@ def _generation_flops(setup: Setup, stage: Stage) -> float:
 
 def plan_sync(setup: Setup) -> Sync:
     """Every rank sees every whole tensor, brings its own share along, and writes the engine's."""
-    gpu, parallel = setup.gpu, setup.cfg.parallel
-    whole = setup.element_bytes * rollout_weights(setup.shape, 1)[0]
-    come = round(whole * (1 - 1 / setup.model_size))
+    gpu, parallel, shape = setup.gpu, setup.cfg.parallel, setup.shape
+    whole = setup.element_bytes * rollout_weights(shape, 1)[0]
+    expert = setup.element_bytes * 3 * shape.hidden * shape.expert_ffn
+    experts = len(shape.expert_layers) * shape.num_experts * expert
+    holders = parallel.pp * (parallel.ep if parallel.ep > 1 else parallel.tp)
+    come = round((whole - experts) * (1 - 1 / setup.model_size) + experts * (1 - 1 / holders))
     # Stages are as far apart as can be: consecutive ranks are tensor, context, data parallel.
-    spread = setup.num_gpus if parallel.pp > 1 else parallel.tp
+    spread = setup.num_gpus if parallel.pp > 1 else max(parallel.tp, parallel.ep)
     rate = gpu.link_rate if spread <= gpu.per_node else gpu.network_rate
     written = 2 * whole + engine_weight_bytes(setup)
     floor_s = max(come / rate, written / gpu.memory_rate)

@@ -90,7 +90,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "available_bytes": setup.gpu.memory_bytes,
         "layout": layout | {"dp": setup.dp, "rollout_tp": setup.cfg.rollout.tp},
         "memory": [dataclasses.asdict(each) | {"total": each.total} for each in plan.memory],
-        "step": dataclasses.asdict(step) | {"step_s": step.step_s},
+        "step": dataclasses.asdict(step) | {"generate_s": step.generate_s, "step_s": step.step_s},
         "hours": plan.hours,
         "assumed": [*assumptions(plan)],
     }

@@ -374,6 +374,16 @@ def test_a_sync_brings_what_a_rank_has_not_over_its_slowest_way() -> None:
     assert far.bytes == whole * 3 / 4 and far.floor_s == pytest.approx(far.bytes / 50e9)
 
 
+def test_experts_that_others_hold_come_in_a_sync(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    shape = read_shape(tmp_path)
+    experts = 2 * 48 * 128 * 3 * 2048 * 768
+    dense = 2 * rollout_weights(shape, 1)[0] - experts
+    for tp, ep, come in ((1, 1, 0), (1, 8, experts * 7 / 8), (2, 4, dense / 2 + experts * 3 / 4)):
+        layout = replace(setup(f"parallel.tp={tp}", f"parallel.ep={ep}"), shape=shape)
+        assert plan_step(layout).sync.bytes == come
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 REFUSED = [
