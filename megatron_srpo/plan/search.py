@@ -89,7 +89,7 @@ def verdict(setup: Setup) -> str:
 
 def check_state(setup: Setup) -> None:
     """Raises `InputError` if a GPU cannot hold weights, gradients and the optimizer's state alone,
-    which are counted exactly."""
+    which are counted as Megatron makes them and not estimated."""
     most = max(plan_memory(setup), key=lambda each: each.state)
     if most.state > setup.gpu.memory_bytes:
         raise InputError(
