@@ -18,7 +18,7 @@ LESS = {
     "rollout.tp",
     "train": "parallel.recompute=full, a smaller micro_batch_tokens, larger parallel.tp, "
     "parallel.pp or parallel.cp, or optimizer.offload_fraction",
-    "checkpoint": f"{WIDER}, or optimizer.offload_fraction",
+    "checkpoint": f"parallel.overlap=true, {WIDER}, or optimizer.offload_fraction",
 }
 """What makes each phase need less."""
 EXHAUSTED = ("out of memory", "cublas_status_alloc_failed")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_srpo.__main__ import main
+from megatron_srpo.plan.hardware import GPUS
 from tests.e2e.small_run import write_small_run
 
 SITE = """
@@ -137,3 +139,20 @@ def test_what_sbatch_refuses_is_one_line(config: Path, capsys: pytest.CaptureFix
         "#!/bin/bash\necho 'sbatch: error: invalid partition' >&2\nexit 1\n"
     )
     assert refusal(capsys, config).endswith("sbatch: error: invalid partition")
+
+
+def test_a_stated_gpu_brings_the_plan_s_verdict_and_refuses_what_cannot_be_held(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["submit", str(config), "--gpu", "h200", "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "\nplan: fits: at the most " in said and " of the 140.4 of an H200 SXM" in said
+    small = replace(GPUS["h200"], memory_bytes=2**30)  # less than the libraries alone take
+    monkeypatch.setitem(GPUS, "h200", small)
+    assert main(words) == 0
+    assert "\nplan: WARNING: phase " in capsys.readouterr().out
+    monkeypatch.setitem(GPUS, "h200", replace(small, memory_bytes=2**10))
+    assert "weights, gradients and optimizer alone take 0." in refusal(capsys, *words[1:])
+    said = refusal(capsys, config, "--eval", "--gpu", "h200")
+    assert "--gpu: a plan is of training" in said

@@ -214,6 +214,7 @@ def test_a_model_whose_widths_divide_is_taken():
     for recipe in RECIPES:
         checked(recipe)
     checked(tp=2, pp=2, cp=2)
+    checked(tp=4, head_dim=8)  # two key-value heads, each whole on two processes
     checked("none", hidden_size=520, head_dim=64, intermediate_size=1023)
 
 
