@@ -30,8 +30,8 @@ from mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_CAUGHT = 0.9
 ALGORITHM = (
-    "algorithm", "draws", "rollouts", "resets", "localize", "thoughts", "advantages", "metrics",
-    "types",
+    "algorithm", "draws", "restarts", "rollouts", "resets", "localize", "thoughts", "advantages",
+    "metrics", "types",
 )  # fmt: skip
 """Files that every step goes through."""
 TESTED_TOGETHER = {
