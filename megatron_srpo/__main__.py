@@ -17,6 +17,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.environment import be_one_process_unless_launched, set_environment
 from megatron_srpo.exit_codes import ALARM, REFUSED, STOPPED
+from megatron_srpo.plan.hardware import GPUS
 from megatron_srpo.run_folder import RunFolder
 from megatron_srpo.staging import check_free
 from megatron_srpo.types import AlarmError, InputError
@@ -138,7 +139,6 @@ def _show_prompts(inputs: EvalInputs, number: int) -> None:
 def _plan(arguments: argparse.Namespace, cfg: Config) -> None:
     import json
 
-    from megatron_srpo.plan.hardware import GPUS
     from megatron_srpo.plan.page import as_json, page, search_page
     from megatron_srpo.plan.search import plan, search
     from megatron_srpo.plan.setup import Setup
@@ -200,6 +200,8 @@ def _submit(
     it, for this machine."""
     from megatron_srpo.submit import submit
 
+    if arguments.eval and arguments.gpu:
+        raise InputError("--gpu: a plan is of training; leave it out with --eval")
     submit(
         cfg,
         [str(arguments.config), *overrides],
@@ -207,6 +209,7 @@ def _submit(
         num_nodes=arguments.nodes,
         num_jobs=arguments.chain,
         is_dry=arguments.dry_run,
+        gpu=GPUS[arguments.gpu] if arguments.gpu else None,
         environment=environment,
     )
 
@@ -292,7 +295,7 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
 
 def _add_planning(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=_size, default=8, metavar="N", help="default: 8")
-    command.add_argument("--gpu", choices=("h100", "h200", "b200"), default="h100")
+    command.add_argument("--gpu", choices=GPUS, default="h100")
     command.add_argument(
         "--search", type=_size, metavar="GPUS", help="rank the layouts of so many that fit"
     )
@@ -305,6 +308,7 @@ def _add_submission(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--chain", type=_size, default=1, metavar="JOBS", help="so many, one after the other"
     )
+    command.add_argument("--gpu", choices=GPUS, help="of the nodes: says what the plan says of it")
     command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
 

@@ -23,14 +23,11 @@ from megatron_srpo.hf_folder import read_config
 from megatron_srpo.inputs import Inputs, prompt_set
 from megatron_srpo.journal import Journal, Replay, Resumed, read_step
 from megatron_srpo.kept import KeepingGenerator, read_kept
-from megatron_srpo.memory import GIB
 from megatron_srpo.metrics import Sums
 from megatron_srpo.mismatch import MismatchAlarm
 from megatron_srpo.pack_layout import PackLayout
-from megatron_srpo.plan.hardware import known
-from megatron_srpo.plan.memory import plan_memory
-from megatron_srpo.plan.setup import Setup
-from megatron_srpo.plan.shape import read_shape
+from megatron_srpo.plan.memory import planned_gib
+from megatron_srpo.plan.setup import setup_here
 from megatron_srpo.profile.page import active_weights
 from megatron_srpo.profile.profile import NoProfile, Profile, StepProfile
 from megatron_srpo.protocols import Collect, CreditRule, Judge, Learner, PromptSource
@@ -165,7 +162,8 @@ def build_engines(
     """Trainer and rollout engine; on a GPU the trainer has lent what it can, and the engine sleeps:
     a weight sync wakes it. Collective."""
     park = cfg.colocation.park if torch.cuda.is_available() else ()
-    gpu.planned_gib = planned_gib(cfg, mesh)
+    if planned := setup_here(cfg, num_gpus=mesh.world_size):
+        gpu.planned_gib = planned_gib(planned)
     with gpu.building():
         learner = build_learner(cfg, mesh, gpu.points)
         for part in park:
@@ -175,15 +173,6 @@ def build_engines(
             engine.sleep()
             gpu.turns = TakeTurns(learner=learner, engine=engine, park=park, parked=[*park])
     return learner, engine
-
-
-def planned_gib(cfg: Config, mesh: Mesh) -> dict[str, float]:
-    """By phase; nothing without a GPU that a plan knows."""
-    kind = known(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    if kind is None:
-        return {}
-    setup = Setup(cfg=cfg, shape=read_shape(cfg.model), gpu=kind, num_gpus=mesh.world_size)
-    return {each.phase: each.total / GIB for each in plan_memory(setup)}
 
 
 def build_weight_sync(

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
-from megatron_srpo.memory import peak_gib, told
+from megatron_srpo.memory import is_exhausted, peak_gib, told
 from megatron_srpo.stopping import StopPoints
 from megatron_srpo.stopwatch import Stopwatch
 from megatron_srpo.turns import AllStay, Turns
@@ -86,7 +84,10 @@ class Colocation:
             with self.stopwatch.phase("swap"):
                 begin()
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # An alarm may quote whoever ran out of memory: a reward's process, say.
+            if isinstance(error, AlarmError) or not is_exhausted(error):
+                raise
             raise AlarmError(
                 told(name, error, self.turns.held(), self.planned_gib.get(name))
             ) from error

@@ -122,6 +122,11 @@ class Config(Section):
                 "fp8.param_gather with fp8.recipe=mxfp8 does not go with parallel.overlap: weights "
                 "on their way and gradients share a buffer"
             )
+        if fp8.param_gather and fp8.recipe == "mxfp8" and "weights" in self.colocation.park:
+            raise ValueError(
+                "colocation.park=weights does not go with fp8.param_gather and fp8.recipe=mxfp8, "
+                "whose weights are in no buffer and would stay on the GPU"
+            )
         return self
 
     @model_validator(mode="after")
@@ -180,18 +185,23 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _offloaded_state_can_be_loaded(self) -> Config:
-        if self.optimizer.offload_fraction and self.dtype == "float32":
-            raise ValueError(
-                f"optimizer.offload_fraction={self.optimizer.offload_fraction:g} needs "
-                "dtype=bfloat16: Megatron cannot load the state of float32 parameters from host "
-                "memory"
-            )
-        if self.optimizer.offload_fraction and self.fp8.param_gather:
-            raise ValueError(
-                "optimizer.offload_fraction does not go with fp8.param_gather, whose weights are "
-                "written on the GPU"
-            )
+        of_sections = {"optimizer": self.optimizer}
+        if self.sft is not None:
+            of_sections["sft.optimizer"] = self.sft.optimizer
+        for section, optimizer in of_sections.items():
+            self._check_offload(f"{section}.offload_fraction", optimizer.offload_fraction)
         return self
+
+    def _check_offload(self, name: str, fraction: float) -> None:
+        if fraction and self.dtype == "float32":
+            raise ValueError(
+                f"{name}={fraction:g} needs dtype=bfloat16: Megatron cannot load the state of "
+                "float32 parameters from host memory"
+            )
+        if fraction and self.fp8.param_gather:
+            raise ValueError(
+                f"{name} does not go with fp8.param_gather, whose weights are written on the GPU"
+            )
 
     @model_validator(mode="after")
     def _nucleus_has_no_ratios(self) -> Config:

@@ -50,6 +50,11 @@ class Fp8Config(Section):
             raise ValueError(
                 "first_last_bf16 does not go with recipe=delayed, whose scales follow all layers"
             )
+        if self.recipe == "delayed" and self.param_gather:
+            raise ValueError(
+                "param_gather does not go with recipe=delayed: weights would be rounded under a "
+                "scale that has not seen them; recipe=tensorwise or blockwise"
+            )
         return self
 
 

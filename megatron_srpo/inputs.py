@@ -16,9 +16,11 @@ from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ParallelConfig
 from megatron_srpo.data import PromptFormat, PromptSet, read_demonstrations, read_prompts
 from megatron_srpo.engines.megatron.backend import (
+    Machine,
     backend_of,
     check_model,
     check_rollouts,
+    choose,
     this_machine,
 )
 from megatron_srpo.engines.megatron.families import FAMILIES, family_of
@@ -71,15 +73,17 @@ class Inputs:
     """Of the run in the run folder, if there is one."""
 
 
-def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) -> Inputs:
-    """Everything that `train` needs of the user's files."""
+def read_inputs(
+    cfg: Config, *, num_processes: int, replay: Path | None = None, machine: Machine | None = None
+) -> Inputs:
+    """Everything that `train` needs of the user's files. `machine`: where it will; None: here."""
     RunFolder(cfg.run_dir).check_idle()
     progress = progress_of(cfg, replay)
     family_of(cfg.model)  # only for what it refuses
     model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(cfg.parallel, model, **layout)
-    check_model(backend_of(cfg), model, cfg.parallel)
+    check_model(choose(cfg, machine or this_machine()), model, cfg.parallel)
     check_prompts_divide(cfg, num_processes // cfg.rollout.tp)
     tokenizer = HFTokenizer(cfg.model)
     check_engine_fits(cfg, model)
@@ -122,16 +126,22 @@ def read_inputs(cfg: Config, *, num_processes: int, replay: Path | None = None) 
 
 
 def read_eval_inputs(
-    cfg: Config, *, num_processes: int, out: Path | None = None, is_stored: bool = True
+    cfg: Config,
+    *,
+    num_processes: int,
+    out: Path | None = None,
+    is_stored: bool = True,
+    machine: Machine | None = None,
 ) -> EvalInputs:
     """Everything that `eval` needs of the user's files; `out` must be a folder that can be made.
-    Without `is_stored` the model's folder lacks its weights, which are in a checkpoint."""
+    Without `is_stored` the model's folder lacks its weights, which are in a checkpoint. `machine`:
+    where it will; None: here."""
     if out is not None:
         check_free(out)
     model = completed_config(cfg.model)
     layout = {"num_processes": num_processes, "rollout_tp": cfg.rollout.tp}
     check_layout(ParallelConfig(), model, **layout)
-    check_rollouts(cfg.fp8, this_machine())
+    check_rollouts(cfg.fp8, machine or this_machine())
     tokenizer = HFTokenizer(cfg.model)
     check_engine_fits(cfg, model)
     if is_stored:
@@ -231,7 +241,9 @@ def check_engine_fits(cfg: Config, model: Mapping[str, Any]) -> None:
             f"rollout.max_model_len={longest} is more than the model's "
             f"max_position_embeddings={model['max_position_embeddings']}"
         )
-    num_values = 2 * model["num_hidden_layers"] * num_kv_heads(model) * head_size(model)
+    # Each process of an engine holds its own heads' keys and values.
+    num_heads = max(1, num_kv_heads(model) // cfg.rollout.tp)
+    num_values = 2 * model["num_hidden_layers"] * num_heads * head_size(model)
     num_bytes = num_values * {"float32": 4, "bfloat16": 2}[cfg.dtype]
     if cfg.rollout.kv_cache_bytes < num_bytes * longest:
         raise InputError(

@@ -18,9 +18,11 @@ LESS = {
     "rollout.tp",
     "train": "parallel.recompute=full, a smaller micro_batch_tokens, larger parallel.tp, "
     "parallel.pp or parallel.cp, or optimizer.offload_fraction",
-    "checkpoint": f"{WIDER}, or optimizer.offload_fraction",
+    "checkpoint": f"parallel.overlap=true, {WIDER}, or optimizer.offload_fraction",
 }
 """What makes each phase need less."""
+EXHAUSTED = ("out of memory", "cublas_status_alloc_failed")
+"""What CUDA, NCCL and cuBLAS call it, who ask the driver themselves."""
 
 this_process = functools.cache(psutil.Process)
 """Asked often, and psutil reads most of /proc/PID to make one; no fork of a trainer asks."""
@@ -36,6 +38,12 @@ def peak_gib() -> float:
     had_more = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     return (total - free + had_more) / GIB
+
+
+def is_exhausted(error: RuntimeError) -> bool:
+    """Only torch's allocator has an error of its own for it."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(each in words for each in EXHAUSTED)
 
 
 def told(

@@ -14,7 +14,12 @@ from pathlib import Path
 
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config
+from megatron_srpo.engines.megatron.backend import machine_for
 from megatron_srpo.inputs import read_eval_inputs, read_inputs
+from megatron_srpo.plan.hardware import Gpu
+from megatron_srpo.plan.search import check_state, verdict
+from megatron_srpo.plan.setup import Setup
+from megatron_srpo.plan.shape import read_shape
 from megatron_srpo.types import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "slurm"
@@ -45,13 +50,14 @@ def submit(
     num_nodes: int,
     num_jobs: int,
     is_dry: bool,
+    gpu: Gpu | None,
     environment: Mapping[str, str],
     scripts: Path = SCRIPTS,
 ) -> None:
     """Prints the resolved config, the plan and the command line; runs that, `num_jobs` times.
 
     `arguments`: config file and overrides, from which `cfg` was made. `command`: train or eval.
-    `environment`: the user's, which the jobs get.
+    `gpu`: what the nodes have, if the user says it. `environment`: the user's, which the jobs get.
     Raises `InputError` for what the run would refuse on so many nodes, and what sbatch refuses.
     """
     script = scripts / f"{command}.sbatch"
@@ -59,8 +65,10 @@ def submit(
         raise InputError(f"{script}: no such file; submit from a checkout, which has slurm/")
     site = read_site(scripts, environment)
     num_processes = num_nodes * site.tasks_per_node
-    plan = _train_plan if command == "train" else _eval_plan
-    lines = plan(cfg, num_processes)
+    if command == "train":
+        lines = _train_plan(cfg, num_processes, gpu)
+    else:
+        lines = _eval_plan(cfg, num_processes)
     name, tasks = cfg.run_dir.resolve().name, site.tasks_per_node
     words = sbatch_words(script, arguments, name=name, num_nodes=num_nodes, tasks=tasks)
     print(dump_config(cfg))
@@ -126,8 +134,8 @@ def _sbatch(words: Sequence[str], site: Site) -> str:
     return done.stdout.strip()
 
 
-def _train_plan(cfg: Config, num_processes: int) -> list[str]:
-    inputs = read_inputs(cfg, num_processes=num_processes)
+def _train_plan(cfg: Config, num_processes: int, gpu: Gpu | None) -> list[str]:
+    inputs = read_inputs(cfg, num_processes=num_processes, machine=machine_for(cfg))
     if inputs.progress.is_finished:
         raise InputError(f"run_dir={cfg.run_dir}: this run is finished")
     layout, algorithm, every = cfg.parallel, cfg.algorithm, cfg.checkpoint.every
@@ -136,6 +144,7 @@ def _train_plan(cfg: Config, num_processes: int) -> list[str]:
     num_prompts = algorithm.num_prompts // num_engines
     saved = f"every {every} steps and at a stop" if every else "at a stop only (checkpoint.every=0)"
     return [
+        *([] if gpu is None else [_memory_plan(cfg, num_processes, gpu)]),
         f"policy: tp {layout.tp} x pp {layout.pp} (vpp {layout.vpp}) x cp {layout.cp} x "
         f"dp {num_copies}; ep {layout.ep}",
         f"rollouts: {num_engines} engines of tp {cfg.rollout.tp}; in a step {num_prompts} prompts "
@@ -144,8 +153,14 @@ def _train_plan(cfg: Config, num_processes: int) -> list[str]:
     ]
 
 
+def _memory_plan(cfg: Config, num_gpus: int, gpu: Gpu) -> str:
+    setup = Setup(cfg=cfg, shape=read_shape(cfg.model), gpu=gpu, num_gpus=num_gpus)
+    check_state(setup)
+    return verdict(setup)
+
+
 def _eval_plan(cfg: Config, num_processes: int) -> list[str]:
-    inputs = read_eval_inputs(cfg, num_processes=num_processes)
+    inputs = read_eval_inputs(cfg, num_processes=num_processes, machine=machine_for(cfg))
     num_problems = sum(len(held_out.prompts) for held_out in inputs.sets)
     num_responses = cfg.eval.num_seeds * cfg.eval.num_samples + cfg.eval.greedy
     return [

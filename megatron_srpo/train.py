@@ -25,6 +25,8 @@ from megatron_srpo.inputs import Inputs
 from megatron_srpo.kept import write_kept
 from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
 from megatron_srpo.payoff import verdict
+from megatron_srpo.plan.search import verdict as plan_verdict
+from megatron_srpo.plan.setup import setup_here
 from megatron_srpo.preflight import checked_mesh
 from megatron_srpo.resume import begin
 from megatron_srpo.run_folder import RunFolder
@@ -90,6 +92,8 @@ def go_on(run: Run, folder: RunFolder, inputs: Inputs, guard: Guard) -> bool:
             )
         for note in (*backend_of(cfg).notes, *run.judge.inner.notes):
             telemetry.say(note)
+        if planned := setup_here(cfg, num_gpus=mesh.world_size):
+            telemetry.say(plan_verdict(planned))
         if progress.summary:
             telemetry.say(progress.summary)
         if progress.checkpoint:

@@ -30,8 +30,8 @@ from mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_CAUGHT = 0.9
 ALGORITHM = (
-    "algorithm", "draws", "rollouts", "resets", "localize", "thoughts", "advantages", "metrics",
-    "types",
+    "algorithm", "draws", "restarts", "rollouts", "resets", "localize", "thoughts", "advantages",
+    "metrics", "types",
 )  # fmt: skip
 """Files that every step goes through."""
 TESTED_TOGETHER = {
@@ -45,6 +45,8 @@ TESTED_TOGETHER = {
     "workers": ("judge", "process", "worker"),
     "sandbox": ("root_folder", "supervise", "inside", "namespaces"),
     "code": ("output", "prelude"),
+    "backend": ("config_precision",),
+    "colocation": ("turns", "memory"),
 }
 """Tests: files that they mirror, beside the one of their name."""
 
@@ -60,10 +62,11 @@ class Outcome:
 
 
 def copy_project(folder: Path) -> Path:
-    """Package, tools and unit tests, and the docs that a test compares with."""
+    """Package, tools and unit tests, docs and examples that tests compare with."""
     skipped = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tools", folder / "tools", ignore=skipped)
-    shutil.copytree(ROOT / "docs", folder / "docs")
+    for name in ("docs", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped)
     shutil.copytree(ROOT / "megatron_srpo", folder / "megatron_srpo", ignore=skipped)
     shutil.copytree(ROOT / "tests" / "unit", folder / "tests" / "unit", ignore=skipped)
     for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/tiny.py"):
@@ -77,8 +80,11 @@ def tests_of(file: str) -> list[str]:
     names = [own, "algorithm", "cases", "rollouts"] if own in ALGORITHM else [own]
     if file.startswith("engines/megatron/"):
         names += ["families", "convert"]
-    if file.startswith("report/"):
-        names = ["report"]
+    for folder, tests in (("report/", "report"), ("profile/", "profile")):
+        if file.startswith(folder):
+            names = [tests]
+    if file.startswith("plan/"):
+        names = ["plan", "plan_tokens"]
     if file.startswith("../tools/prepare"):
         names = ["prepare_data", "prepare_sets"]
     names += [tests for tests, files in TESTED_TOGETHER.items() if own in files]

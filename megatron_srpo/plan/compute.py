@@ -22,7 +22,7 @@ from megatron_srpo.plan.hardware import (
     SYNC_SHARE,
     TRAIN_SHARE,
 )
-from megatron_srpo.plan.memory import WIDE, engine_weight_bytes, optimizer_bytes
+from megatron_srpo.plan.memory import WIDE, engine_weight_bytes, optimizer_bytes, weight_bytes
 from megatron_srpo.plan.parameters import active_weights, counts_of, layers_of, rollout_weights
 from megatron_srpo.plan.setup import Setup
 from megatron_srpo.plan.shape import Shape
@@ -60,12 +60,10 @@ class StepTime:
     """Of one step."""
 
     tokens: StepTokens
-    generate_s: float
-    """Of fresh rollouts."""
-    localize_s: float
-    suffix_s: float
+    stages_s: tuple[float, ...]
+    """Of the tokens' stages."""
     park_s: float
-    """The optimizer's state to the host and back."""
+    """What is lent to the host and back."""
     train: Training
     sync: Sync
     evaluate_s: float
@@ -74,21 +72,22 @@ class StepTime:
     """Of the step, over all GPUs."""
 
     @property
+    def generate_s(self) -> float:
+        """Of all stages."""
+        return sum(self.stages_s)
+
+    @property
     def step_s(self) -> float:
         """Without evaluation, rewards, checkpoints and waiting."""
-        generated = self.generate_s + self.localize_s + self.suffix_s
-        return generated + self.park_s + self.train.seconds + self.sync.seconds
+        return self.generate_s + self.park_s + self.train.seconds + self.sync.seconds
 
 
 def plan_step(setup: Setup) -> StepTime:
     """Everything at once."""
     tokens = step_tokens(setup.cfg)
-    seconds = {stage.name: generation_s(setup, stage) for stage in tokens.stages}
     return StepTime(
         tokens=tokens,
-        generate_s=seconds["base"],
-        localize_s=seconds.get("localize", 0.0),
-        suffix_s=seconds.get("suffix", 0.0),
+        stages_s=tuple(generation_s(setup, stage) for stage in tokens.stages),
         park_s=_park_s(setup),
         train=_train(setup, tokens),
         sync=plan_sync(setup),
@@ -165,10 +164,10 @@ def _stage_s(setup: Setup, stage: int, num_tokens: float, wanted: float, length:
     per_linear = share / (FP8_SHARE * gpu.fp8_flops) + (1 - share) / rate
     computed = num_tokens * (linear * per_linear + (attention + head) / rate)
     computed /= parallel.tp * parallel.cp
-    return computed + len(layers) * _layer_traffic_s(setup, num_tokens, passes)
+    return computed + len(layers) * layer_traffic_s(setup, num_tokens, passes)
 
 
-def _layer_traffic_s(setup: Setup, num_tokens: float, passes: int) -> float:
+def layer_traffic_s(setup: Setup, num_tokens: float, passes: int) -> float:
     """Sequence parallelism gathers and scatters four times a forward pass and six times a backward
     pass; context parallelism sends keys and values around, and their gradients; tokens travel to
     their experts and back."""
@@ -180,7 +179,8 @@ def _layer_traffic_s(setup: Setup, num_tokens: float, passes: int) -> float:
     keys = num_tokens * 2 * shape.kv_width * setup.element_bytes / tp
     sent += passes * keys * (cp - 1) / cp
     share = len(shape.expert_layers) / shape.num_layers
-    sent += 2 * passes * share * shape.top_k * hidden / tp * (ep - 1) / ep
+    # There and back in the forward pass, and so with gradients.
+    sent += 2 * (passes - 1) * share * shape.top_k * hidden / tp * (ep - 1) / ep
     is_within = tp * max(cp, ep) <= gpu.per_node
     return sent / (LINK_SHARE * (gpu.link_rate if is_within else gpu.network_rate))
 
@@ -195,13 +195,18 @@ def _step_s(setup: Setup, backward_s: float) -> float:
     sent_s = sent / (LINK_SHARE * (gpu.link_rate if is_within else gpu.network_rate))
     if setup.cfg.parallel.overlap:
         sent_s = max(sent_s - backward_s, 0.0)
-    return sent_s + 2.5 * optimizer_bytes(setup, largest) / (DECODE_SHARE * gpu.memory_rate)
+    here, away = (optimizer_bytes(setup, largest, on_host=there) for there in (False, True))
+    # A GPU's share of its host's memory is about as fast as the way there.
+    host_s = away / (LINK_SHARE * gpu.host_rate)
+    return sent_s + 2.5 * (here / (DECODE_SHARE * gpu.memory_rate) + host_s)
 
 
 def _park_s(setup: Setup) -> float:
-    """Once each way."""
+    """Once each way; gradients are dropped."""
     counts = [counts_of(setup.shape, setup.cfg.parallel, n) for n in range(setup.cfg.parallel.pp)]
-    most = max(optimizer_bytes(setup, each) for each in counts)
+    sizes = {"weights": weight_bytes, "optimizer": optimizer_bytes}
+    lent = [size for part, size in sizes.items() if part in setup.cfg.colocation.park]
+    most = max(sum(size(setup, each) for size in lent) for each in counts)
     return 2 * most / (LINK_SHARE * setup.gpu.host_rate)
 
 
@@ -217,15 +222,16 @@ def kv_bytes_per_token(setup: Setup) -> float:
 
 def generation_s(setup: Setup, stage: Stage) -> float:
     """Of one engine's share: prompts are read, then sequences decode together, as many as the
-    config and the cache allow; the last one is as long as may be."""
-    if not stage.num:
-        return 0.0
+    config and the cache allow. When one ends the next begins, until none waits; then those that run
+    end, of n with equally spread lengths the last one after n / (n + 1) of the longest there may
+    be."""
     cfg, gpu = setup.cfg.rollout, setup.gpu
     num = stage.num / setup.num_engines
     per_token = kv_bytes_per_token(setup)
     in_cache = cfg.kv_cache_bytes / (per_token * (stage.context + stage.generated))
     together = max(min(num, cfg.max_num_seqs, in_cache), 1.0)
-    num_steps = max(num * stage.generated / together, stage.longest)
+    queued = max(num / together - 1, 0.0)
+    num_steps = queued * stage.generated + stage.longest * together / (together + 1)
     mean_together = num * stage.generated / num_steps
     context = stage.context + stage.generated / 2
     read = engine_weight_bytes(setup) + mean_together * context * per_token
@@ -260,11 +266,14 @@ def _generation_flops(setup: Setup, stage: Stage) -> float:
 
 def plan_sync(setup: Setup) -> Sync:
     """Every rank sees every whole tensor, brings its own share along, and writes the engine's."""
-    gpu, parallel = setup.gpu, setup.cfg.parallel
-    whole = setup.element_bytes * rollout_weights(setup.shape, 1)[0]
-    come = round(whole * (1 - 1 / setup.model_size))
+    gpu, parallel, shape = setup.gpu, setup.cfg.parallel, setup.shape
+    whole = setup.element_bytes * rollout_weights(shape, 1)[0]
+    expert = setup.element_bytes * 3 * shape.hidden * shape.expert_ffn
+    experts = len(shape.expert_layers) * shape.num_experts * expert
+    holders = parallel.pp * (parallel.ep if parallel.ep > 1 else parallel.tp)
+    come = round((whole - experts) * (1 - 1 / setup.model_size) + experts * (1 - 1 / holders))
     # Stages are as far apart as can be: consecutive ranks are tensor, context, data parallel.
-    spread = setup.num_gpus if parallel.pp > 1 else parallel.tp
+    spread = setup.num_gpus if parallel.pp > 1 else max(parallel.tp, parallel.ep)
     rate = gpu.link_rate if spread <= gpu.per_node else gpu.network_rate
     written = 2 * whole + engine_weight_bytes(setup)
     floor_s = max(come / rate, written / gpu.memory_rate)

@@ -97,5 +97,8 @@ ALL_REDUCE_S = 15e-6
 OVERHEAD_BYTES = 6 * 2**30
 """On each GPU, beside tensors: CUDA contexts, communicators, cuBLAS, the engine's CUDA graphs, what
 the allocators hold without using it. Published leftovers of colocation: 3 to 8 GB."""
+PUBLISHED = 1.9
+"""How many times a plan's seconds a published run may have taken: 1.9 and 1.1 times (NeMo-RL, 2,048
+responses a step: Llama 3.1 8B on 16 H100, 93 s; Qwen3-32B on 32, 376 s)."""
 ENGINE_BATCH_TOKENS = 16384
 """Prompt tokens in one step of the rollout engine: vLLM's default on such GPUs."""

@@ -20,6 +20,7 @@ from megatron_srpo.plan.hardware import ENGINE_BATCH_TOKENS, OVERHEAD_BYTES
 from megatron_srpo.plan.parameters import Counts, counts_of, layers_of, rollout_weights
 from megatron_srpo.plan.setup import Setup
 
+GIB = 2**30
 WIDE = 4
 """Bytes of an fp32 number."""
 Phase = Literal["generate", "train", "sync", "checkpoint"]
@@ -49,6 +50,11 @@ class PhaseMemory:
     host: int = 0
 
     @property
+    def state(self) -> int:
+        """What the trainer has from step to step, counted as Megatron makes it."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
     def total(self) -> int:
         """On the GPU."""
         return sum(getattr(self, name) for name in PARTS)
@@ -63,6 +69,16 @@ def plan_memory(setup: Setup) -> tuple[PhaseMemory, ...]:
     """One of each phase."""
     by_stage = [_of_stage(setup, stage) for stage in range(setup.cfg.parallel.pp)]
     return tuple(max(phases, key=lambda each: each.total) for phases in zip(*by_stage, strict=True))
+
+
+def planned_gib(setup: Setup) -> dict[str, float]:
+    """By phase, and of the start: there the trainer is whole before it lends, and then the engine
+    comes."""
+    phases = plan_memory(setup)
+    sizes: dict[str, int] = {each.phase: each.total for each in phases}
+    start = max(each.state + each.overhead for each in phases)
+    sizes["start"] = max(start, sizes["generate"])
+    return {phase: size / GIB for phase, size in sizes.items()}
 
 
 def _of_stage(setup: Setup, stage: int) -> tuple[PhaseMemory, ...]:
@@ -211,10 +227,12 @@ def _engine_workspace(setup: Setup) -> int:
 
 
 def _on_its_way(setup: Setup) -> int:
-    """The largest tensor of a weight sync: its shards as they come, and the whole."""
+    """The largest tensor of a weight sync: this rank's shard of it, those of all tensor parallel
+    ranks as they come, and the whole."""
     shape = setup.shape
     largest = max(shape.vocab, 2 * shape.ffn) * shape.hidden * setup.element_bytes
-    return largest if setup.model_size == 1 else 2 * largest
+    tp = setup.cfg.parallel.tp
+    return largest if setup.model_size == 1 else 2 * largest + (largest // tp) * (tp > 1)
 
 
 def _gathered_state(setup: Setup, counts: Counts) -> int:

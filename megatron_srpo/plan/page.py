@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_srpo.plan import hardware, tokens
-from megatron_srpo.plan.memory import PARTS
-from megatron_srpo.plan.search import GIB, Plan
+from megatron_srpo.plan.memory import GIB, PARTS
+from megatron_srpo.plan.search import Plan
 
 SHOWN = 10
 """Layouts of a search."""
@@ -39,8 +39,9 @@ def summary(plan: Plan) -> Iterator[str]:
         f"{host / GIB:.0f} on the host for each"
     )
     yield (
-        f"hours      {plan.hours:.1f}: {cfg.num_steps} steps of {step.step_s:.0f} s "
-        f"({_generation_s(plan):.0f} generate, {step.train.seconds:.0f} train, "
+        f"hours      {plan.hours:.1f} to {hardware.PUBLISHED * plan.hours:.1f}: {cfg.num_steps} "
+        f"steps of {step.step_s:.0f} s "
+        f"({step.generate_s:.0f} generate, {step.train.seconds:.0f} train, "
         f"{step.sync.seconds:.1f} sync, {step.park_s:.1f} park), evaluations of "
         f"{step.evaluate_s:.0f} s"
     )
@@ -56,7 +57,7 @@ def search_page(plans: Sequence[Plan]) -> Iterator[str]:
             (
                 f"{plan.step.step_s:.1f}",
                 f"{plan.step.train.seconds:.1f}",
-                f"{_generation_s(plan):.1f}",
+                f"{plan.step.generate_s:.1f}",
                 f"{plan.step.train.bubble:.0%}",
                 plan.fullest.phase,
                 f"{left / GIB:.1f}",
@@ -89,7 +90,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "available_bytes": setup.gpu.memory_bytes,
         "layout": layout | {"dp": setup.dp, "rollout_tp": setup.cfg.rollout.tp},
         "memory": [dataclasses.asdict(each) | {"total": each.total} for each in plan.memory],
-        "step": dataclasses.asdict(step) | {"step_s": step.step_s},
+        "step": dataclasses.asdict(step) | {"generate_s": step.generate_s, "step_s": step.step_s},
         "hours": plan.hours,
         "assumed": [*assumptions(plan)],
     }
@@ -100,7 +101,11 @@ def assumptions(plan: Plan) -> Iterator[str]:
     gpu = plan.setup.gpu
     yield (
         f"prompts and answers have {tokens.MEAN_LENGTH:.0%} of their longest length, resets keep "
-        f"{1 - tokens.SUFFIX_SHARE:.0%} of a response, {tokens.FAILED:.0%} of all rollouts fail"
+        f"{1 - tokens.SUFFIX_SHARE:.0%} of a response (resets=prompt: nothing)"
+    )
+    yield (
+        "pass rates are spread evenly from 0 to 1, from prompts and from states that are reset to; "
+        "all rollouts are trained (a run leaves out groups whose rewards agree)"
     )
     yield (
         f"peaks: {gpu.bf16_flops / 1e12:.0f} TFLOP/s in bf16, {gpu.fp8_flops / 1e12:.0f} in FP8; "
@@ -119,14 +124,19 @@ def assumptions(plan: Plan) -> Iterator[str]:
         "attention keeps no scores (so recompute=attention saves nothing)"
     )
     yield (
-        "the optimizer's state is in host memory while the engine is awake, gradients are dropped "
-        "then; the engine sleeps at level 2 in training"
+        f"lent while the engine is awake: {_lent(plan)}; the engine sleeps at level 2 in training"
     )
     yield "not counted: rewards, checkpoints, waiting for other engines, the start"
+    yield (
+        f"hours: of a run that reaches all this, to {hardware.PUBLISHED} times as many, which is "
+        "what a published run of another system took"
+    )
 
 
-def _generation_s(plan: Plan) -> float:
-    return plan.step.generate_s + plan.step.localize_s + plan.step.suffix_s
+def _lent(plan: Plan) -> str:
+    """What travels to the host; gradients are dropped."""
+    park = plan.setup.cfg.colocation.park
+    return " and ".join(part for part in park if part != "gradients") or "nothing"
 
 
 def _layout(plan: Plan) -> Iterator[str]:
@@ -162,12 +172,17 @@ def _time_rows(plan: Plan) -> Iterator[str]:
     step, train = plan.step, plan.step.train
     rows: list[Row] = [("a step", "seconds")]
     notes = [""]
-    seconds = {"base": step.generate_s, "localize": step.localize_s, "suffix": step.suffix_s}
-    for stage in step.tokens.stages:
-        rows.append((stage.name, f"{seconds[stage.name]:.1f}"))
-        notes.append(f"{stage.num:.0f} requests, {stage.num_generated:,.0f} tokens")
+    for name in dict.fromkeys(stage.name for stage in step.tokens.stages):
+        timed = zip(step.tokens.stages, step.stages_s, strict=True)
+        own = [(stage, seconds) for stage, seconds in timed if stage.name == name]
+        rows.append((name, f"{sum(seconds for _, seconds in own):.1f}"))
+        num, generated = (
+            sum(getattr(stage, part) for stage, _ in own) for part in ("num", "num_generated")
+        )
+        rounds = f" in {len(own)} rounds" if len(own) > 1 else ""
+        notes.append(f"{num:.0f} requests{rounds}, {generated:,.0f} tokens")
     rows.append(("park", f"{step.park_s:.1f}"))
-    notes.append("the optimizer's state, both ways")
+    notes.append(f"{_lent(plan)}, both ways")
     rows.append(("train", f"{train.seconds:.1f}"))
     notes.append(
         f"{step.tokens.trained:,.0f} tokens, {train.flops:.2g} FLOPs, MFU {train.mfu:.0%}, "

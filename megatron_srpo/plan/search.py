@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_srpo.plan.compute import StepTime, plan_step, run_hours
-from megatron_srpo.plan.memory import PhaseMemory, plan_memory
+from megatron_srpo.plan.memory import GIB, PhaseMemory, plan_memory
 from megatron_srpo.plan.setup import Setup
+from megatron_srpo.protocols import LearnerPart
 from megatron_srpo.types import InputError
 
-GIB = 2**30
 SIZES = (1, 2, 4, 8)
 STAGES = (1, 2, 4, 8, 16)
 EQUAL = 0.03
 """Estimates that differ by less are not told apart."""
 MOST_GPUS = 1024
 """That anybody is told to take."""
+LENT: tuple[LearnerPart, ...] = ("gradients", "optimizer", "weights")
+"""Of the trainer, what the engine's turn can do without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +58,45 @@ def plan(setup: Setup) -> Plan:
     except InputError as error:
         raise InputError(f"{error}; {_advice(setup)}") from error
     memory = plan_memory(setup)
-    fullest = max(memory, key=lambda each: each.total)
-    if fullest.total > setup.gpu.memory_bytes:
-        raise InputError(
-            f"phase {fullest.phase} does not fit: {fullest.total / GIB:.1f} GiB are planned on a "
-            f"GPU of stage {fullest.stage}, an {setup.gpu.name} has "
-            f"{setup.gpu.memory_bytes / GIB:.1f}; {_advice(setup)}"
-        )
+    if wanting := _wanting(setup, memory):
+        raise InputError(wanting)
     return Plan(setup=setup, memory=memory, step=plan_step(setup))
+
+
+def _wanting(setup: Setup, memory: Sequence[PhaseMemory]) -> str:
+    """One line on the fullest phase, if it does not fit."""
+    fullest = max(memory, key=lambda each: each.total)
+    if fullest.total <= setup.gpu.memory_bytes:
+        return ""
+    return (
+        f"phase {fullest.phase} does not fit: {fullest.total / GIB:.1f} GiB are planned on a "
+        f"GPU of stage {fullest.stage}, an {setup.gpu.name} has "
+        f"{setup.gpu.memory_bytes / GIB:.1f}; {_advice(setup)}"
+    )
+
+
+def verdict(setup: Setup) -> str:
+    """One line for whoever is about to run it: the largest phase against what a GPU has."""
+    memory = plan_memory(setup)
+    if wanting := _wanting(setup, memory):
+        return f"plan: WARNING: {wanting}; it is tried all the same, since a plan is an estimate"
+    fullest = max(memory, key=lambda each: each.total)
+    return (
+        f"plan: fits: at the most {fullest.total / GIB:.1f} GiB, in phase {fullest.phase}, of the "
+        f"{setup.gpu.memory_bytes / GIB:.1f} of an {setup.gpu.name}"
+    )
+
+
+def check_state(setup: Setup) -> None:
+    """Raises `InputError` if a GPU cannot hold weights, gradients and the optimizer's state alone,
+    which are counted as Megatron makes them and not estimated."""
+    most = max(plan_memory(setup), key=lambda each: each.state)
+    if most.state > setup.gpu.memory_bytes:
+        raise InputError(
+            f"weights, gradients and optimizer alone take {most.state / GIB:.1f} GiB on a GPU of "
+            f"stage {most.stage}, an {setup.gpu.name} has {setup.gpu.memory_bytes / GIB:.1f}; "
+            f"{_advice(setup)}"
+        )
 
 
 def fits(setup: Setup) -> bool:
@@ -102,6 +135,11 @@ def _changes(setup: Setup) -> Iterator[Iterator[Change]]:
         yield iter([changed(setup, {"parallel.recompute": "full"})])
     if not cfg.parallel.overlap:
         yield iter([changed(setup, {"parallel.overlap": True})])
+    yield (changed(setup, {"colocation.park": parts}) for parts in _more_lent(cfg.colocation.park))
+    if cfg.dtype == "bfloat16" and not cfg.fp8.param_gather:
+        shares = (0.25, 0.5, 0.75, 1.0)
+        larger = (share for share in shares if share > cfg.optimizer.offload_fraction)
+        yield (changed(setup, {"optimizer.offload_fraction": share}) for share in larger)
     yield (
         changed(setup, {"rollout.kv_cache_bytes": gib * GIB})
         for gib in range((cfg.rollout.kv_cache_bytes - 1) // GIB, 0, -1)
@@ -116,6 +154,14 @@ def _changes(setup: Setup) -> Iterator[Iterator[Change]]:
         yield (changed(setup, {knob: other}) for other in others)
     if setup.shape.num_experts:
         yield (changed(setup, {"parallel.ep": n}) for n in STAGES if n > cfg.parallel.ep)
+
+
+def _more_lent(park: tuple[LearnerPart, ...]) -> Iterator[tuple[LearnerPart, ...]]:
+    """What is cheap to lend comes first."""
+    for part in LENT:
+        if part not in park:
+            park = (*park, part)
+            yield park
 
 
 def _fewer_tokens(setup: Setup) -> Iterator[dict[str, object]]:
@@ -133,8 +179,15 @@ def changed(setup: Setup, values: dict[str, object]) -> Change:
         if section:
             value = getattr(cfg, section).model_copy(update={field: value})
         cfg = cfg.model_copy(update={section or field: value})
-    words = (f"{name}={str(v).lower() if v is True else v}" for name, v in values.items())
+    words = (f"{name}={_word(value)}" for name, value in values.items())
     return Change(word=" ".join(words), setup=replace(setup, cfg=cfg))
+
+
+def _word(value: object) -> str:
+    """As YAML has it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(value)}]"
+    return "true" if value is True else str(value)
 
 
 def search(setup: Setup) -> list[Plan]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+
+import torch
 
 from megatron_srpo.config import Config
 from megatron_srpo.engines.megatron.backend import Backend, Machine, check_model, choose
 from megatron_srpo.inputs import check_engine_fits, check_layout, check_prompts_divide
 from megatron_srpo.pack_layout import PackLayout
-from megatron_srpo.plan.hardware import Gpu
-from megatron_srpo.plan.shape import Shape
+from megatron_srpo.plan.hardware import Gpu, known
+from megatron_srpo.plan.shape import Shape, read_shape
 from megatron_srpo.types import InputError
 
 CUDA = (13, 0)
@@ -103,3 +105,13 @@ class Setup:
         )
         multiple = layout.total_multiple
         return max(layout.capacity, ceil(layout.padded(self.longest) / multiple) * multiple)
+
+
+def setup_here(cfg: Config, *, num_gpus: int) -> Setup | None:
+    """On this process's GPU, with the memory that its driver says; None without one that a plan
+    knows."""
+    kind = known(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if kind is None:
+        return None
+    gpu = replace(kind, memory_bytes=torch.cuda.mem_get_info()[1])
+    return Setup(cfg=cfg, shape=read_shape(cfg.model), gpu=gpu, num_gpus=num_gpus)

@@ -261,7 +261,7 @@ def _stream(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 @pytest.fixture
 def unseeded(engine: VllmGenerator, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
     """The same engine, with `rollout.seeding=engine`."""
-    monkeypatch.setattr(engine, "_cfg", engine._cfg.model_copy(update={"seeding": "engine"}))
+    monkeypatch.setattr(engine, "seeding", "engine")
     return engine
 
 

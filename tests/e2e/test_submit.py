@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_srpo.__main__ import main
+from megatron_srpo.plan.hardware import GPUS
 from tests.e2e.small_run import write_small_run
 
 SITE = """
@@ -106,6 +108,19 @@ def test_what_the_run_would_refuse_is_refused_before_the_queue(
     assert "algorithm.num_prompts=4 does not divide over 8 rollout engines" in too_many
 
 
+FP8 = ["dtype=bfloat16", "fp8.recipe=blockwise", "fp8.rollout=true", "--dry-run"]
+
+
+def test_what_only_the_nodes_have_is_no_reason_to_refuse_a_job(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This machine, like many that jobs are submitted from, has no GPU."""
+    assert main(["submit", str(config), *FP8]) == 0
+    assert main(["submit", str(config), *FP8, "--eval"]) == 0
+    said = refusal(capsys, config, *FP8, "parallel.tp=4", "--nodes=2")
+    assert "fp8.recipe=blockwise multiplies widths that divide by 16" in said
+
+
 def test_a_site_file_that_is_missing_or_wrong_is_named(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,3 +139,20 @@ def test_what_sbatch_refuses_is_one_line(config: Path, capsys: pytest.CaptureFix
         "#!/bin/bash\necho 'sbatch: error: invalid partition' >&2\nexit 1\n"
     )
     assert refusal(capsys, config).endswith("sbatch: error: invalid partition")
+
+
+def test_a_stated_gpu_brings_the_plan_s_verdict_and_refuses_what_cannot_be_held(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["submit", str(config), "--gpu", "h200", "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "\nplan: fits: at the most " in said and " of the 140.4 of an H200 SXM" in said
+    small = replace(GPUS["h200"], memory_bytes=2**30)  # less than the libraries alone take
+    monkeypatch.setitem(GPUS, "h200", small)
+    assert main(words) == 0
+    assert "\nplan: WARNING: phase " in capsys.readouterr().out
+    monkeypatch.setitem(GPUS, "h200", replace(small, memory_bytes=2**10))
+    assert "weights, gradients and optimizer alone take 0." in refusal(capsys, *words[1:])
+    said = refusal(capsys, config, "--eval", "--gpu", "h200")
+    assert "--gpu: a plan is of training" in said

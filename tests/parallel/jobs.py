@@ -20,7 +20,7 @@ from megatron_srpo.engines.fake import FakeGenerator
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
 from megatron_srpo.engines.megatron.model import build_chunks
-from megatron_srpo.engines.megatron.weights import full_tensors, load_hf, local_parameters
+from megatron_srpo.engines.megatron.weights import load_hf, local_parameters
 from megatron_srpo.exchange import exchange
 from megatron_srpo.kernels.linear_logprob import linear_logprob
 from megatron_srpo.kernels.linear_policy_loss import linear_policy_loss
@@ -88,14 +88,7 @@ def hf_gradients(learner: MegatronLearner, mesh: Mesh) -> Tensors:
             for parameter, (start, end, _) in buffer.param_index_map.items():
                 gradients[parameter] = buffer.grad_data[start:end].view(parameter.shape)
     parameters = local_parameters(learner.modules, mesh)
-    full = full_tensors(
-        learner._family,
-        learner._heads,
-        mesh,
-        learner.shards,
-        {name: gradients[parameter] for name, parameter in parameters.items()},
-        tied=learner.modules[0].share_embeddings_and_output_weights,
-    )
+    full = learner.gathered({name: gradients[p] for name, p in parameters.items()})
     return {name: tensor.clone() for name, tensor in full}
 
 

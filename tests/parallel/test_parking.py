@@ -15,13 +15,12 @@ from megatron_srpo.config_sections import LossConfig, OptimizerConfig
 from megatron_srpo.engines.megatron import parking
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh
-from megatron_srpo.engines.megatron.parking import Parking, bytes_of
+from megatron_srpo.engines.megatron.reference import ParkedWeights
 from megatron_srpo.protocols import LearnerPart
 from megatron_srpo.types import InputError
 from tests.parallel.jobs import shared
 from tests.tiny import random_samples
 
-CPU = torch.device("cpu")
 PARTS: tuple[LearnerPart, ...] = ("optimizer", "gradients", "weights")
 
 
@@ -111,28 +110,13 @@ def test_what_a_learner_holds_is_counted_by_owner(policy: Path, mesh: Mesh):
     assert held["gradients"] == 2 * held["weights"]
 
 
-def test_host_memory_is_taken_in_pieces_and_used_again():
-    tensors = [torch.arange(n, dtype=torch.float32) for n in (1000, 3, 2000)]
-    place = Parking(device=CPU)
-    for _ in range(2):
-        place.park([*tensors, tensors[0][3:5]])
-        assert place.num_bytes == 4 * 3003 and bytes_of(tensors, CPU) == 0
-        assert [len(piece) for piece in place._pieces] == [4099, 4099, 12012 - 2 * 4099]
-        pieces = [piece.data_ptr() for piece in place._pieces]
-        place.unpark()
-    for tensor in tensors:
-        assert torch.equal(tensor, torch.arange(len(tensor), dtype=torch.float32))
-    place.park([*tensors, torch.ones(500)])
-    assert [piece.data_ptr() for piece in place._pieces][:2] == pieces[:2]
-    assert sum(map(len, place._pieces)) == 4 * 3503
-    place.unpark()
-
-
-def test_what_is_parked_is_not_parked_again():
-    place = Parking(device=CPU)
-    place.park([torch.ones(3)])
-    with pytest.raises(AssertionError, match="parked already"):
-        place.park([torch.ones(3)])
+def test_the_initial_policy_waits_in_the_same_pieces(policy: Path, mesh: Mesh):
+    """Pinned one by one, each parameter would take the next power of two: up to twice as much."""
+    modules = build(policy, mesh, torch.bfloat16).modules
+    waiting = ParkedWeights(modules)
+    count = sum(p.numel() for module in modules for p in module.parameters())
+    sizes = [len(piece) for piece in waiting._host.pieces]
+    assert sum(sizes) == 2 * count and {*sizes[:-1]} == {4099}
 
 
 def test_an_offload_that_would_be_ignored_is_refused(policy: Path, mesh: Mesh):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_srpo.engines.megatron.forward import _passed_through
 from tests.parallel import parity, stop_jobs
 from tests.parallel.pool import Pool
 from tests.tiny import write_policy
@@ -32,3 +35,14 @@ def test_an_update_stops_at_any_micro_batch_and_begins_anew(
         assert rank["untouched"]
         # Buckets that travel meanwhile are left half-way: such a process can only save and end.
         assert rank["same"] or "overlap" in parallel
+
+
+def test_a_first_stage_that_stops_sends_what_the_next_one_has_room_for() -> None:
+    """Not the host's float32: NCCL refuses the one, and waits for ever with the other."""
+    stage = torch.nn.Linear(8, 8, device="meta")
+    stage.pre_process = True  # type: ignore[assignment]
+    stage.config = TransformerConfig(  # type: ignore[assignment]
+        num_layers=1, hidden_size=8, num_attention_heads=1, pipeline_dtype=torch.bfloat16
+    )
+    sent = _passed_through(stage)
+    assert (sent.device.type, sent.dtype, sent.shape) == ("meta", torch.bfloat16, (1, 1, 8))

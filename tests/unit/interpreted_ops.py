@@ -152,7 +152,8 @@ def test_loss_slopes_and_counters_are_those_of_the_formulas(cfg: LossConfig, len
     if "sequence" in cfg.importance:
         assert right[2].quotients["importance/capped_rate"][0] < sum(lengths)
     for found, rel in (
-        (by_operation(logprobs, tokens, cfg), 1e-9),  # the series of k3 ends there
+        # The series of k3 ends at 1e-9, and Triton 3.6 holds the bounds of the clip in fp32.
+        (by_operation(logprobs, tokens, cfg), 1e-8),
         (by_operation(logprobs.float(), in_fp32(tokens), cfg), 2e-5),
     ):
         assert found[1].dtype == found[0].dtype

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import dump_config, load_config
@@ -19,6 +20,7 @@ from megatron_srpo.engines.megatron.backend import (
     check_model,
     check_rollouts,
     choose,
+    machine_for,
     this_machine,
 )
 from megatron_srpo.types import InputError
@@ -96,6 +98,32 @@ def test_this_machine_is_not_asked_for_what_needs_a_gpu():
     assert this_machine() == HERE
 
 
+def test_a_rank_beyond_a_node_s_gpus_is_left_to_whoever_compares_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """torch knows no device 5 of 4: a traceback, where `preflight` has a line."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", ([(9, 0)] * 4).__getitem__)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert this_machine().capability == (9, 0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"backend": "transformer_engine"},
+        {"fp8": {"rollout": True}},
+        *({"fp8": {"recipe": recipe, "rollout": True}} for recipe in RECIPES),
+    ],
+)
+def test_a_job_can_be_planned_for_machines_that_have_what_it_names(values: dict[str, Any]):
+    cfg = bf16(**values)
+    choose(cfg, machine_for(cfg))
+    assert machine_for(cfg) == HERE or refused(cfg, HERE)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_that_megatron_would_ignore_is_refused(recipe: str):
     cfg = bf16(fp8={"recipe": recipe})
@@ -157,6 +185,17 @@ def test_fp8_rollouts_need_nothing_of_the_trainer():
             {"fp8": {"recipe": "mxfp8", "param_gather": True}, "parallel": {"overlap": True}},
             "does not go with parallel.overlap",
         ),
+        (
+            {
+                "fp8": {"recipe": "mxfp8", "param_gather": True},
+                "colocation": {"park": ("gradients", "weights")},
+            },
+            "colocation.park=weights does not go with",
+        ),
+        (
+            {"fp8": {"recipe": "delayed", "param_gather": True}},
+            "param_gather does not go with recipe=delayed",
+        ),
     ],
 )
 def test_sections_that_do_not_fit_together_are_refused(values: dict[str, Any], message: str):
@@ -175,6 +214,7 @@ def test_a_model_whose_widths_divide_is_taken():
     for recipe in RECIPES:
         checked(recipe)
     checked(tp=2, pp=2, cp=2)
+    checked(tp=4, head_dim=8)  # two key-value heads, each whole on two processes
     checked("none", hidden_size=520, head_dim=64, intermediate_size=1023)
 
 

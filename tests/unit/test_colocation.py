@@ -321,6 +321,26 @@ def test_exhausted_memory_is_an_alarm_that_names_phase_holders_plan_and_a_way_ou
     assert ("engine kv_cache" in holders) == (name == "generate")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_libraries_miss_is_told_alike_and_no_other_error_is(said: str):
+    """NCCL makes a group's buffers when it is first used, cuBLAS its workspace; exit code 1 would
+    start the run again, and again."""
+    gpu = Colocation(Stopwatch(), StopPoints())
+    with pytest.raises(AlarmError, match=r"out of memory in phase 'sync': "), gpu.syncing():
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match=r"^illegal"), gpu.syncing():
+        raise RuntimeError("illegal memory access")
+    with pytest.raises(AlarmError, match=r"^the reward"), gpu.syncing():
+        raise AlarmError("the reward of p17 failed: out of memory")
+
+
 def test_memory_that_is_exhausted_while_it_changes_hands_is_told_alike():
     device, gpu, sync = build("optimizer", "gradients")
 

@@ -7,14 +7,17 @@ import math
 import os
 import re
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_srpo.types import InputError
+from megatron_srpo.engines.fake import FakeGenerator
+from megatron_srpo.turns import TakeTurns
 from tools import gpu_check
 from tools.gpu import cycle, inputs, kernel_speed, rivals, sanitizer, shapes
 from tools.gpu.apart import run_apart
@@ -195,17 +198,6 @@ def test_parts_without_a_gpu_run_nothing_that_needs_one():
                 assert [r.status for r in task()] == ["not_run"], name
 
 
-def talks(name: str) -> list[Result]:
-    """Run in a process of its own."""
-    if name == "refused":
-        raise InputError("this build has no such layers")
-    if name == "broken":
-        raise RuntimeError("an illegal instruction")
-    if name == "slow":
-        time.sleep(60)
-    return [judged(name, {"x": 1.0}, {"x": 2.0}), judged("other", {})]
-
-
 @pytest.mark.parametrize(
     "name, status, reason",
     [
@@ -217,14 +209,14 @@ def talks(name: str) -> list[Result]:
 def test_a_process_of_its_own_gives_results_or_the_reason_why_not(
     name: str, status: str, reason: str
 ):
-    found = run_apart(name, f"{__name__}:talks", {"name": name})
+    found = run_apart(name, "tests.unit.talks:talks", {"name": name})
     assert (found[0].name, found[0].status, found[0].reason) == (name, status, reason)
     assert len(found) == (2 if name == "right" else 1)
     assert found[0].numbers == ({"x": 1.0} if name == "right" else {})
 
 
 def test_a_process_that_is_not_done_in_time_says_nothing():
-    (found,) = run_apart("slow", f"{__name__}:talks", {"name": "slow"}, time.monotonic() + 1)
+    (found,) = run_apart("slow", "tests.unit.talks:talks", {"name": "slow"}, time.monotonic() + 1)
     assert found.status == "not_run" and "not done in 1 s" in found.reason
 
 
@@ -237,6 +229,32 @@ def test_overhead_is_what_no_work_claims_and_fp8_s_share_needs_both_times():
     times["14B widths, FP8"] = 3.1
     result = run_check("x", partial(shapes.share, "14B", times))
     assert result.status == "fail" and result.numbers["share"] == pytest.approx(0.775)
+
+
+def test_what_lay_idle_in_the_allocator_is_no_memory_that_a_trainer_has_lent(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A trainer that keeps all of its 3 GiB, and empties torch's cache of as many."""
+    gib, idle = 2**30, [3]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", idle.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((100 - sum(idle)) * gib, 140 * gib))
+    learner: Any = SimpleNamespace(
+        held=lambda: {"optimizer": 3 * gib},
+        park=lambda part: torch.cuda.empty_cache(),
+        unpark=lambda part: None,
+    )
+    turns = TakeTurns(learner=learner, engine=FakeGenerator(lambda *_: ""), park=("optimizer",))
+    world: Any = SimpleNamespace(
+        learner=learner,
+        engine=turns.engine,
+        gpu=SimpleNamespace(turns=turns, syncing=nullcontext),
+        sync=lambda version: None,
+        requests=lambda *_, **__: [],
+        step=lambda *_: {},
+    )
+    numbers, bounds = cycle.given_back(world)
+    assert numbers["learner_kept_gib"] == 3 > bounds["learner_kept_gib"]
 
 
 def sections(text: str) -> dict[str, list[list[str]]]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_srpo.config_sections import ParallelConfig
-from megatron_srpo.inputs import check_layout
+from megatron_srpo.config import Config
+from megatron_srpo.config_sections import ParallelConfig, RolloutConfig
+from megatron_srpo.inputs import check_engine_fits, check_layout
 from megatron_srpo.types import InputError
 
 MODEL = {
@@ -81,3 +82,24 @@ def test_a_layout_that_does_not_divide_is_refused_by_its_name(
     layout = ParallelConfig.model_validate(parallel)
     with pytest.raises(InputError, match=message):
         check_layout(layout, MODEL | changed, num_processes=12, rollout_tp=rollout_tp)
+
+
+@pytest.mark.parametrize(
+    ("tp", "num_bytes"),
+    # 2 x 6 layers x heads x 16 x 4 bytes x 100 tokens
+    [(1, 307_200), (2, 153_600), (4, 76_800), (8, 76_800)],
+)
+def test_a_process_of_an_engine_holds_its_own_heads_of_the_longest_sequence(
+    tp: int, num_bytes: int
+):
+    """A cache is given for each process: all heads would be as many times too much."""
+    model = MODEL | {"hidden_size": 128, "max_position_embeddings": 100}
+
+    def check(size: int) -> None:
+        rollout = {"tp": tp, "kv_cache_bytes": size, "max_model_len": 100}
+        cfg = Config.model_construct(dtype="float32", rollout=RolloutConfig(**rollout))
+        check_engine_fits(cfg, model)
+
+    check(num_bytes)
+    with pytest.raises(InputError, match=rf"100 tokens: that takes {num_bytes}$"):
+        check(num_bytes - 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import json
+import random
 import re
 import shlex
 from dataclasses import replace
@@ -10,16 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_srpo.__main__ import main
 from megatron_srpo.config_file import load_config
 from megatron_srpo.config_sections import ParallelConfig
-from megatron_srpo.plan.compute import generation_s, plan_step
-from megatron_srpo.plan.hardware import GPUS, OVERHEAD_BYTES, TRAIN_SHARE, known
-from megatron_srpo.plan.memory import PhaseMemory, activation_bytes, plan_memory
+from megatron_srpo.memory import LESS
+from megatron_srpo.plan.compute import generation_s, layer_traffic_s, plan_step
+from megatron_srpo.plan.hardware import (
+    ENGINE_STEP_S,
+    GPUS,
+    OVERHEAD_BYTES,
+    PUBLISHED,
+    TRAIN_SHARE,
+    known,
+)
+from megatron_srpo.plan.memory import (
+    GIB,
+    PhaseMemory,
+    activation_bytes,
+    plan_memory,
+    planned_gib,
+)
 from megatron_srpo.plan.parameters import active_weights, counts_of, rollout_weights
-from megatron_srpo.plan.search import GIB, fits, plan, search
-from megatron_srpo.plan.setup import Setup
+from megatron_srpo.plan.search import check_state, fits, plan, search, verdict
+from megatron_srpo.plan.setup import Setup, setup_here
 from megatron_srpo.plan.shape import SHAPES, Shape, model_folder, read_shape
 from megatron_srpo.plan.tokens import Stage, step_tokens
 from megatron_srpo.types import InputError
@@ -192,18 +209,16 @@ def test_eight_bits_are_copies_until_nothing_else_is_kept() -> None:
 
 
 def test_tokens_of_a_step_are_counted_by_hand() -> None:
-    cfg = setup().cfg
-    tokens = step_tokens(cfg)
+    """4 of 5 prompts have a failed rollout among 4: 0, 1, 2, 3 and 4 are equally likely."""
+    tokens = step_tokens(setup().cfg)
     base, localize, suffix = tokens.stages
-    assert (base.num, localize.num, suffix.num) == (64 * 4, 64, 64 * 4)
-    assert base.num_generated == 256 * 2048 and suffix.num_generated == 256 * 1024
-    assert localize.num_generated == 64 * 512 and localize.read == 512 + 2048
+    found = 64 * 0.8
+    assert (base.num, localize.num, suffix.num) == (64 * 4, found, 64 * 4)
+    assert base.num_generated == 256 * 2048
+    assert suffix.num_generated == 4 * (found * 1024 + (64 - found) * 2048)
+    assert localize.num_generated == found * 512 and localize.read == 512 + 2048
     assert tokens.trained == 64 * 8 * (512 + 2048)
-    assert tokens.wanted == 256 * 2048 + 256 * 1024
-    drawn = step_tokens(load_config(BIG, ["algorithm.seeds=extra_draws"])).stages[0]
-    assert drawn.num == 64 * (4 + 2)
-    grpo = step_tokens(load_config(BIG, ["algorithm.resets=none"]))
-    assert [stage.name for stage in grpo.stages] == ["base"] and grpo.stages[0].num == 512
+    assert tokens.wanted == 512 * 2048 - 4 * found * 1024
 
 
 def test_training_is_six_flops_a_weight_and_token_and_what_attention_adds() -> None:
@@ -257,6 +272,98 @@ def test_decoding_lasts_as_long_as_the_longest_answer_and_as_the_cache_is_small(
     assert generation_s(small, many) > 2 * generation_s(planned, many)
 
 
+@pytest.mark.parametrize("num", [1, 8, 32, 40, 64, 100, 400])
+def test_answers_of_evenly_spread_lengths_take_as_many_steps_as_when_each_waits_for_a_place(
+    num: int,
+) -> None:
+    """Steps are all that a time is made of where nothing is read or multiplied."""
+    cfg = setup("rollout.max_num_seqs=32", "rollout.tp=1").cfg
+    endless = replace(GPUS["h200"], memory_rate=1e30, bf16_flops=1e30)
+    planned = replace(setup(gpu="h200"), cfg=cfg, gpu=endless, num_gpus=1)
+    stage = Stage(name="base", num=num, context=0, read=0, generated=500, longest=1000)
+    drawn = random.Random(num)
+    ends: list[float] = []
+    for _ in range(300):
+        places = [0.0] * 32
+        for _ in range(num):
+            heapq.heapreplace(places, places[0] + drawn.uniform(0, 1000))
+        ends.append(max(places))
+    assert generation_s(planned, stage) / ENGINE_STEP_S == pytest.approx(
+        sum(ends) / len(ends), rel=0.1
+    )
+
+
+MOE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
+    "vocab_size": 151936, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
+    "vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "prompt", "response", "words", "seconds"),
+    [
+        (16, 127, 1019, ["parallel.tp=1", "parallel.pp=2", "rollout.tp=1"], 92.8),
+        (32, 103, 3251, ["parallel.tp=4", "parallel.pp=4", "parallel.recompute=full"], 376),
+    ],
+    ids=["Llama-3.1-8B", "Qwen3-32B"],
+)
+def test_what_published_runs_took_is_in_the_range_that_is_shown(
+    num_gpus: int, prompt: int, response: int, words: list[str], seconds: float, tmp_path: Path
+) -> None:
+    """NeMo-RL v0.5, performance summary: GRPO, 2,048 responses a step, H100, bf16."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    shape = read_shape(tmp_path if num_gpus == 16 else SHAPES / "Qwen3-32B")
+    lengths = [
+        f"data.max_prompt_tokens={2 * prompt}",
+        f"rollout.max_response_tokens={2 * response}",
+    ]
+    batch = ["algorithm.resets=none", "algorithm.num_prompts=32", "algorithm.num_rollouts=64"]
+    run = replace(setup(*lengths, *batch, *words, gpu="h100", num_gpus=num_gpus), shape=shape)
+    assert 1 < seconds / plan(run).step.step_s < PUBLISHED
+
+
+@pytest.mark.parametrize("park", ["[]", "[gradients]", "[optimizer]", "[optimizer,weights]"])
+def test_what_is_lent_travels_both_ways_at_the_host_s_rate(park: str) -> None:
+    planned = setup(f"colocation.park={park}")
+    train = of("train", plan_memory(planned))
+    lent = train.optimizer * ("optimizer" in park) + train.weights * ("weights" in park)
+    assert plan_step(planned).park_s == pytest.approx(2 * lent / (0.75 * 64e9))
+
+
+def test_a_token_travels_to_each_of_its_experts_and_back_forwards_and_backwards(
+    tmp_path: Path,
+) -> None:
+    """48 layers of 8 experts a token; half of them are on the other of two ranks."""
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    alone, shared = (
+        replace(setup("parallel.tp=1", f"parallel.ep={ep}"), shape=read_shape(tmp_path))
+        for ep in (1, 2)
+    )
+    hidden = 1000 * 2048 * 2
+    assert layer_traffic_s(alone, 1000, 3) == 0
+    for passes, times in ((3, 4), (4, 6)):  # with recomputation forwards twice
+        assert layer_traffic_s(shared, 1000, passes) == pytest.approx(
+            times * 8 * hidden / 2 / (0.75 * 450e9)
+        )
+
+
+def test_an_offloaded_optimizer_is_no_faster_than_one_on_the_gpu() -> None:
+    seconds = [
+        plan_step(setup(f"optimizer.offload_fraction={share}", "colocation.park=[]")).step_s
+        for share in (0, 0.5, 1)
+    ]
+    assert seconds == sorted(seconds) and seconds[2] > seconds[0] + 1
+
+
 def test_a_sync_brings_what_a_rank_has_not_over_its_slowest_way() -> None:
     whole = 2 * 14_770_033_664
     near = plan_step(setup("parallel.tp=8")).sync
@@ -265,6 +372,16 @@ def test_a_sync_brings_what_a_rank_has_not_over_its_slowest_way() -> None:
     assert near.floor_s == pytest.approx(max(near.bytes / 450e9, written / 4800e9), rel=1e-3)
     far = plan_step(setup("parallel.pp=2", num_gpus=16)).sync
     assert far.bytes == whole * 3 / 4 and far.floor_s == pytest.approx(far.bytes / 50e9)
+
+
+def test_experts_that_others_hold_come_in_a_sync(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    shape = read_shape(tmp_path)
+    experts = 2 * 48 * 128 * 3 * 2048 * 768
+    dense = 2 * rollout_weights(shape, 1)[0] - experts
+    for tp, ep, come in ((1, 1, 0), (1, 8, experts * 7 / 8), (2, 4, dense / 2 + experts * 3 / 4)):
+        layout = replace(setup(f"parallel.tp={tp}", f"parallel.ep={ep}"), shape=shape)
+        assert plan_step(layout).sync.bytes == come
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -278,6 +395,9 @@ REFUSED = [
     ("generate", ["parallel.tp=8", "rollout.tp=1", "parallel.overlap=true",
                        "rollout.kv_cache_bytes=60000000000"], "h100 8"),
     ("checkpoint", ["micro_batch_tokens=5120", "parallel.recompute=full"], "h100 8"),
+    ("sync", ["model=models/Qwen3-32B", "parallel.tp=4", "rollout.tp=1", "parallel.overlap=true",
+                  "parallel.recompute=full", "colocation.park=[optimizer,gradients,weights]",
+                  "rollout.kv_cache_bytes=4294967296", "rollout.max_num_seqs=64"], "h100 32"),
 ]  # fmt: skip
 
 
@@ -296,6 +416,7 @@ def test_what_does_not_fit_is_one_line_with_a_change_that_does(
     named, planned, available, change = found.groups()
     assert named == phase and float(planned) > float(available)
     assert main([*command, *change.split()]) == 0
+    assert change.partition("=")[0] in LESS[named], "what a run says that runs out of memory there"
 
 
 @pytest.mark.parametrize(
@@ -325,7 +446,7 @@ def test_more_gpus_are_asked_for_only_where_nothing_else_helps() -> None:
     alone = setup("parallel.tp=1", "rollout.tp=1", num_gpus=1, gpu="h100")
     pair = setup(
         "parallel.recompute=full", "parallel.overlap=true", "micro_batch_tokens=5120",
-        "rollout.tp=2", num_gpus=2, gpu="h100",
+        "rollout.tp=2", "fp8.recipe=blockwise", "fp8.param_gather=true", num_gpus=2, gpu="h100",
     )  # fmt: skip
     with pytest.raises(InputError, match=r"phase train .* --gpus 8 fits$"):
         plan(pair)
@@ -358,14 +479,7 @@ def test_a_search_ranks_layouts_that_fit_and_finds_the_config_s_own() -> None:
 
 
 def test_experts_are_shared_in_a_search(tmp_path: Path) -> None:
-    moe = {
-        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
-        "vocab_size": 151936, "intermediate_size": 6144, "moe_intermediate_size": 768,
-        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(moe))
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
     shape = read_shape(tmp_path)
     assert rollout_weights(shape, 1)[0] == 30_532_122_624  # Qwen3-30B-A3B
     assert active_weights(shape, range(48)) == pytest.approx(2.75e9, rel=0.05)
@@ -412,6 +526,13 @@ def test_what_is_not_lent_stays_while_the_engine_is_awake(park: str):
     assert sync.host - train.host == train.optimizer * ("optimizer" in park)
 
 
+def test_what_is_gathered_in_a_sync_is_there_in_part_in_parts_and_whole() -> None:
+    table = 152064 * 5120 * 2
+    for tp, pp, times in ((1, 1, 1), (2, 1, 2.5), (4, 1, 2.25), (1, 2, 2)):
+        layout = setup(f"parallel.tp={tp}", f"parallel.pp={pp}")
+        assert of("sync", plan_memory(layout)).workspace == times * table
+
+
 def test_an_offloaded_share_of_the_optimizer_is_on_the_host_in_every_phase():
     whole, offloaded = (
         plan_memory(setup(f"optimizer.offload_fraction={share}")) for share in (0, 0.75)
@@ -423,3 +544,51 @@ def test_an_offloaded_share_of_the_optimizer_is_on_the_host_in_every_phase():
 
 def test_a_gpu_is_known_by_its_driver_s_name():
     assert known("NVIDIA H200") is GPUS["h200"] and known("NVIDIA A100-SXM4-80GB") is None
+
+
+# --- before a run --------------------------------------------------------------------------------
+
+
+def test_a_verdict_is_a_line_with_the_fullest_phase_and_what_the_gpu_has() -> None:
+    assert verdict(setup()) == (
+        "plan: fits: at the most 102.3 GiB, in phase checkpoint, of the 140.4 of an H200 SXM 141 GB"
+    )
+    said = verdict(setup(gpu="h100"))
+    assert said.startswith("plan: WARNING: phase checkpoint does not fit: 102.3 GiB are planned ")
+    assert re.search(r"has 79\.6; \S+ fits; it is tried all the same, .* an estimate$", said)
+
+
+def test_only_what_is_counted_exactly_is_a_reason_to_refuse() -> None:
+    """14.77 billion parameters: 2 + 4 bytes of each on a GPU of tp=1, 12 shared by 8."""
+    alone = setup("parallel.tp=1", gpu="h100")
+    with pytest.raises(InputError, match=r"alone take 103\.\d GiB .* stage 0, an H100 .* 79\.6; "):
+        check_state(alone)
+    close = setup(gpu="h100")  # tp=2: half of the weights and gradients, the same share
+    assert of("train", plan_memory(close)).total > GPUS["h100"].memory_bytes
+    check_state(close)
+
+
+def test_the_start_is_planned_too_as_the_larger_of_a_whole_trainer_and_the_engine_s_turn() -> None:
+    train, generate = (of(phase, plan_memory(setup())) for phase in ("train", "generate"))
+    planned = planned_gib(setup())
+    assert planned["generate"] == generate.total / GIB
+    held = train.weights + train.gradients + train.optimizer + OVERHEAD_BYTES
+    assert planned["start"] == held / GIB > planned["generate"]
+    much = setup("rollout.kv_cache_bytes=90000000000")
+    assert planned_gib(much)["start"] == planned_gib(much)["generate"]
+
+
+def test_a_run_is_planned_for_its_own_gpu_with_the_memory_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    cfg = setup(f"model={tmp_path}").cfg
+    assert setup_here(cfg, num_gpus=4) is None  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * GIB, 141 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    assert setup_here(cfg, num_gpus=4) is None  # none that a plan knows
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    found = setup_here(cfg, num_gpus=4)
+    assert found is not None and found.num_gpus == 4
+    assert found.gpu == replace(GPUS["h200"], memory_bytes=141 * GIB)

@@ -29,7 +29,15 @@ from tools.gpu.apart import run_apart
 from tools.gpu.result import NotRun, Numbers, Result, not_run, run_check
 from tools.gpu.world import batch_of, config_of, gradients_of, learner_of, off
 
-RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+HELD = "fp8.param_gather=true"
+RECIPES = {
+    "delayed": ["fp8.recipe=delayed"],
+    "tensorwise": ["fp8.recipe=tensorwise"],
+    "tensorwise, weights held in it,": ["fp8.recipe=tensorwise", HELD],
+    "blockwise": ["fp8.recipe=blockwise"],
+    "blockwise, weights held in it,": ["fp8.recipe=blockwise", HELD],
+    "mxfp8": ["fp8.recipe=mxfp8"],
+}
 LOCAL = {"gradient_off": 1e-4, "logprob_mean_nats": 1e-5}
 ENGINE = {"gradient_off": 0.05, "logprob_mean_nats": 0.03}
 """bfloat16 has 8 bits: a product of random numbers is off by 0.4 %, and layers add up."""
@@ -50,12 +58,12 @@ def te_tasks(device: torch.device, deadline: float) -> Iterator[Task]:
 
 
 def fp8_tasks(device: torch.device, deadline: float) -> Iterator[Task]:
-    for recipe in RECIPES:
+    for recipe, overrides in RECIPES.items():
         name = f"{recipe} against bf16"
         if device.type == "cpu":
             yield name, lambda name=name: [not_run(name, "no GPU")]
             continue
-        target, given = "tools.gpu.layers:recipe", {"name": name, "kind": recipe}
+        target, given = "tools.gpu.layers:recipe", {"name": name, "overrides": overrides}
         yield name, partial(run_apart, name, target, given, deadline)
 
 
@@ -97,14 +105,16 @@ def against_transformers(mesh: Mesh, family: str, layers: str) -> tuple[Numbers,
     return numbers, ENGINE if is_engine else LOCAL
 
 
-def recipe(name: str, kind: str) -> list[Result]:
+def recipe(name: str, overrides: list[str]) -> list[Result]:
     """Loss and gradient of a wider policy, in bf16 and in FP8."""
     mesh, folder = build_mesh(), write_policy(Path(tempfile.mkdtemp()), seed=0, **WIDE)
     samples = random_samples(8, seed=1)
     found: list[tuple[float, dict[str, torch.Tensor]]] = []
-    for overrides in (["fp8.recipe=none"], [f"fp8.recipe={kind}"]):
-        cfg = config_of(folder, "dtype=bfloat16", "backend=transformer_engine", *overrides)
+    for changed in ([], overrides):
+        cfg = config_of(folder, "dtype=bfloat16", "backend=transformer_engine", *changed)
         learner = learner_of(cfg, mesh)
+        # As in a run, where a probe comes first: layers keep their first FP8 copies.
+        learner.logprobs([samples[0].token_ids], temperature=1.0)
         stats = learner.backward(batch_of(samples, cfg, mesh))
         found.append((stats["loss"], gradients_of(learner, mesh)))
     (loss, right), (other, gradients) = found

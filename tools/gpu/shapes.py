@@ -163,7 +163,7 @@ def of_step(row: dict[str, float]) -> tuple[Numbers, Numbers]:
 
 def of_sync(seconds: float, world: World) -> tuple[Numbers, Numbers]:
     """Against a copy of as many bytes on the device."""
-    num_bytes = world.engine._weight_bytes
+    num_bytes = world.engine.weight_bytes
     if not torch.cuda.is_available():
         return {"load_s": seconds, "bytes": float(num_bytes)}, {}
     some = torch.empty(2**28, dtype=torch.uint8, device="cuda")

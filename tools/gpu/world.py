@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
 from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.engines.megatron.mesh import Mesh, build_mesh
-from megatron_srpo.engines.megatron.weights import full_tensors, local_parameters
+from megatron_srpo.engines.megatron.weights import local_parameters
 from megatron_srpo.engines.vllm.generator import VllmGenerator
 from megatron_srpo.exchange import exchange
 from megatron_srpo.hf_folder import read_config, tensor_shapes
@@ -35,6 +36,12 @@ def used_gib() -> float:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return (total - free) / GIB
+
+
+def needed_gib() -> float:
+    """The same, without what torch's allocator only keeps for later."""
+    torch.cuda.empty_cache()
+    return used_gib()
 
 
 def config_of(model: Path, *overrides: str) -> Config:
@@ -58,13 +65,8 @@ def batch_of(samples: Sequence[Sample], cfg: Config, mesh: Mesh) -> Batch:
 def gradients_of(learner: MegatronLearner, mesh: Mesh) -> dict[str, Tensor]:
     """Of one process, after `backward`: by Hugging Face name, in float64 on the host."""
     parameters = local_parameters(learner.modules, mesh)
-    full = full_tensors(
-        learner._family,
-        learner._heads,
-        mesh,
-        learner.shards,
-        {name: parameter.main_grad for name, parameter in parameters.items()},  # type: ignore[attr-defined]
-        tied=learner.modules[0].share_embeddings_and_output_weights,
+    full = learner.gathered(
+        {name: parameter.main_grad for name, parameter in parameters.items()}  # type: ignore[attr-defined]
     )
     return {name: tensor.double().cpu() for name, tensor in full}
 
@@ -155,8 +157,7 @@ class World:
         counts = {"tokens/generated": float(generated), "tokens/all": float(tokens)}
         return found | stats | counts | self.gpu.stopwatch.take()
 
-    def seeded_by(self, seeding: str) -> World:
+    def seeded_by(self, seeding: Literal["request", "engine"]) -> World:
         """The same engine, its requests seeded otherwise."""
-        cfg = self.cfg.rollout.model_copy(update={"seeding": seeding})
-        self.engine._cfg = cfg
-        return replace(self, cfg=self.cfg.model_copy(update={"rollout": cfg}))
+        self.engine.seeding = seeding
+        return self

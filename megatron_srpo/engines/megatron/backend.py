@@ -86,7 +86,8 @@ def this_machine() -> Machine:
     """Transformer Engine and Apex are of no use without a GPU, and are then not looked for."""
     if not torch.cuda.is_available():
         return Machine(capability=None)
-    device = int(os.environ.get("LOCAL_RANK", "0"))
+    # Of a node with too few GPUs `preflight` will tell: here they are alike.
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     engine, lacks = _engine()
     return Machine(
         capability=torch.cuda.get_device_capability(device),
@@ -103,8 +104,18 @@ def _engine() -> tuple[str | None, str]:
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:  # OSError: a shared library that is not there
-        return None, str(error).splitlines()[0]
+        return None, (str(error).splitlines() or [type(error).__name__])[0]
     return str(importlib.import_module("transformer_engine").__version__), ""
+
+
+def machine_for(cfg: Config) -> Machine:
+    """One that has what the config names: a job is submitted where no GPU need be."""
+    wants_engine = cfg.fp8.recipe != "none" or cfg.backend == "transformer_engine"
+    if not wants_engine and not cfg.fp8.rollout:
+        return Machine(capability=None)
+    capability, _ = NEEDS.get(cfg.fp8.recipe, (ROLLOUT_NEEDS, None))
+    engine = "there" if wants_engine else None
+    return Machine(capability=capability, cuda=BLOCKWISE_CUDA, engine=engine)
 
 
 def backend_of(cfg: Config) -> Backend:

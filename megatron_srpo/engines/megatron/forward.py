@@ -241,12 +241,17 @@ class Forward:
 
 
 def _passed_through(model: torch.nn.Module) -> Tensor:
-    """What a stage sends on without computing anything: what it received, the first one a number.
-    No parameter is touched, so no hook of DistributedDataParallel waits for the others."""
+    """What a stage sends on without computing anything: what it received, the first one a token of
+    zeros as the next one expects it: where the weights are, and in the dtype of the pipeline. No
+    parameter computes, so no hook of DistributedDataParallel waits for the others."""
     chunk: Any = unwrap_model(model)
     received = None if chunk.pre_process else chunk.decoder.input_tensor
     if received is None:
-        return torch.zeros(1, 1, chunk.config.hidden_size, requires_grad=True)
+        weight, config = next(chunk.parameters()), chunk.config
+        return torch.zeros(
+            1, 1, config.hidden_size,
+            dtype=config.pipeline_dtype, device=weight.device, requires_grad=True,
+        )  # fmt: skip
     return received.clone()
 
 

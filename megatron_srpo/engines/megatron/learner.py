@@ -20,7 +20,7 @@ ranks; tests/parallel proves it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -253,12 +253,17 @@ class MegatronLearner:
         return self._forward.sequence_logprobs(sequences, temperature=temperature)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
+        return self.gathered(local_parameters(self.modules, self._mesh))
+
+    def gathered(self, local: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Collective: of what each rank has by parameter name (weights, or gradients in their
+        shapes), full tensors by Hugging Face name."""
         return full_tensors(
             self._family,
             self._heads,
             self._mesh,
             self.shards,
-            local_parameters(self.modules, self._mesh),
+            local,
             tied=self.modules[0].share_embeddings_and_output_weights,
         )
 

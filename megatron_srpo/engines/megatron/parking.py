@@ -22,12 +22,39 @@ PIECE = 2**28
 asked for in one would take 64."""
 
 
+class HostMemory:
+    """Room for the bytes of tensors, reserved for the next time. Pinned memory needs a GPU, and
+    goes to one alone."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned, self.pieces = pinned, list[Tensor]()
+
+    def reserve(self, num_bytes: int) -> None:
+        """The last piece is as small as it can be, until a later call needs more."""
+        for index, start in enumerate(range(0, num_bytes, PIECE)):
+            size = min(PIECE, num_bytes - start)
+            if index < len(self.pieces) and len(self.pieces[index]) >= size:
+                continue
+            self.pieces[index:] = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)]
+
+    def beside(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of flat tensors of bytes, and the place of each."""
+        offset = 0
+        for here in tensors:
+            done = 0
+            while done < len(here):
+                piece, start = divmod(offset, PIECE)
+                count = min(len(here) - done, PIECE - start)
+                yield here[done : done + count], self.pieces[piece][start : start + count]
+                done, offset = done + count, offset + count
+
+
 class Parking:
-    """Storages that leave their device together. Host memory stays reserved for the next time."""
+    """Storages that leave their device together."""
 
     def __init__(self, *, device: torch.device) -> None:
-        """`device` is where the tensors live. Pinned memory needs a GPU, and goes to one alone."""
-        self._device, self._pieces = device, list[Tensor]()
+        """`device` is where the tensors live."""
+        self._device, self._host = device, HostMemory(pinned=device.type == "cuda")
         self._away: list[tuple[UntypedStorage, int]] = []
         """And how many bytes each holds when it is back."""
 
@@ -40,8 +67,8 @@ class Parking:
         """Until `unpark`, nobody may look at them, nor at any view of them."""
         assert not self._away, "parked already"
         self._away = [(s, s.nbytes()) for s in storages_of(tensors, self._device)]
-        self._reserve()
-        for here, there in self._pairs():
+        self._host.reserve(self.num_bytes)
+        for here, there in self._host.beside(self._bytes()):
             there.copy_(here, non_blocking=True)
         self._wait()
         for storage, _ in self._away:
@@ -51,31 +78,14 @@ class Parking:
         """Bit by bit what was parked."""
         for storage, size in self._away:
             storage.resize_(size)
-        for here, there in self._pairs():
+        for here, there in self._host.beside(self._bytes()):
             here.copy_(there, non_blocking=True)
         self._wait()
         self._away = []
 
-    def _reserve(self) -> None:
-        """The last piece is as small as it can be, until a later call needs more."""
-        for index, start in enumerate(range(0, self.num_bytes, PIECE)):
-            size = min(PIECE, self.num_bytes - start)
-            if index < len(self._pieces) and len(self._pieces[index]) >= size:
-                continue
-            pinned = self._device.type == "cuda"
-            self._pieces[index:] = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned)]
-
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Bytes on the device, and their place on the host."""
-        offset = 0
-        for storage, size in self._away:
-            here = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-            done = 0
-            while done < size:
-                piece, start = divmod(offset, PIECE)
-                count = min(size - done, PIECE - start)
-                yield here[done : done + count], self._pieces[piece][start : start + count]
-                done, offset = done + count, offset + count
+    def _bytes(self) -> Iterator[Tensor]:
+        for storage, _ in self._away:
+            yield torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
 
     def _wait(self) -> None:
         """For copies: what is freed before they are done may be another's by then."""

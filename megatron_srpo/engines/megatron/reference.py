@@ -1,7 +1,8 @@
 """Where does the initial policy wait until the KL term asks for it?   in host memory
 
-Its weights change places with the current ones, parameter by parameter: one copy in host memory
-and one parameter's worth of room is all that a reference costs, and both come back bit by bit.
+Its weights change places with the current ones, piece by piece: one copy in host memory and one
+piece's worth of room (`parking.PIECE`) is all that a reference costs, and both come back bit by
+bit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from megatron_srpo.engines.megatron.parking import HostMemory
 
 
 class ParkedWeights:
@@ -17,11 +21,11 @@ class ParkedWeights:
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
         self._parameters = [p for module in modules for p in module.parameters()]
-        pin = torch.cuda.is_available()  # otherwise every swap goes through a bounce buffer
-        self._waiting = [
-            torch.empty_like(p, device="cpu", pin_memory=pin, requires_grad=False).copy_(p.detach())
-            for p in self._parameters
-        ]
+        # Unpinned, every swap would go through a bounce buffer.
+        self._host = HostMemory(pinned=torch.cuda.is_available())
+        self._host.reserve(sum(len(here) for here in self._bytes()))
+        for here, waiting in self._host.beside(self._bytes()):
+            waiting.copy_(here)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -34,7 +38,12 @@ class ParkedWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, waiting in zip(self._parameters, self._waiting, strict=True):
-            leaving = parameter.detach().clone()
-            parameter.copy_(waiting)  # in place: the optimizer and the buffers know this storage
+        for here, waiting in self._host.beside(self._bytes()):
+            leaving = here.clone()
+            here.copy_(waiting)  # in place: the optimizer and the buffers know this storage
             waiting.copy_(leaving)
+
+    def _bytes(self) -> Iterator[Tensor]:
+        """Of the parameters, where they are."""
+        for parameter in self._parameters:
+            yield parameter.detach().view(-1).view(torch.uint8)

@@ -1,12 +1,13 @@
 """What does a CPU engine do otherwise than vLLM's own worker? Its memory's name, and its experts.
 
-- Under `external_launcher` vLLM 0.32 names the processes' shared memory after the group's ranks
-  alone: two runs on a machine ask for the same names, and what a killed run left behind fails the
-  next one ("create shm in SHMManager failed. errno: 17"). Under a name of its own a killed run
-  would leave its memory taken for ever: the name goes when all have opened it.
+- Under `external_launcher` vLLM names the processes' shared memory after the group's ranks alone:
+  two runs on a machine ask for the same names, and what a killed run left behind fails the next one
+  ("create shm in SHMManager failed. errno: 17"). Under a name of its own a killed run would leave
+  its memory taken for ever: the name goes when all have opened it.
 - Experts are packed for the CPU when they are loaded first, and no more when they are loaded again
-  (unquantized_fused_moe_method.py: a kernel that exists is kept for the sake of CUDA graphs): after
-  a weight sync their outputs are wrong, without an error.
+  (0.32's unquantized_fused_moe_method.py: a kernel that exists is kept for the sake of CUDA graphs;
+  0.26 has none on CPUs and packs always): after a weight sync their outputs are wrong, without an
+  error.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class CPUEngineWorker(CPUWorker):
         met already."""
         name = [uuid.uuid4().hex]
         dist.broadcast_object_list(name, src=0)
-        self.distributed_init_method = f"file://{name[0]}"
+        self.distributed_init_method = name[0]
         super().init_device()
         dist.barrier()
         # All have it open: without a name it ends with them, also if they are killed.

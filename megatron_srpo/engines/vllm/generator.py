@@ -91,8 +91,11 @@ class VllmGenerator:
                 load_format="auto" if has_weights else "dummy",
                 **(GPU_ARGUMENTS if torch.cuda.is_available() else CPU_ARGUMENTS),
             )
-        self._cfg = cfg
-        self._weight_bytes = sum(self._llm.collective_rpc(_weight_bytes))
+        self.seeding: Literal["request", "engine"] = cfg.seeding
+        """Of the next requests."""
+        self.weight_bytes = sum(self._llm.collective_rpc(_weight_bytes))
+        """Of this process's part of the model."""
+        self._kv_cache_bytes = cfg.kv_cache_bytes
         self._awake: tuple[EnginePart, ...] = ALL
         self._max_model_len = cfg.max_model_len
         self._before_step = before_step
@@ -104,7 +107,7 @@ class VllmGenerator:
         Raises `AlarmError` for a request without a token, with a log-prob that is not finite, or
         that the engine forgets; what the engine raises has a note that names its requests.
         """
-        has_seeds = self._cfg.seeding == "request"
+        has_seeds = self.seeding == "request"
         if requests and not has_seeds:
             self._seed(requests[0].seed)
         for request in requests:
@@ -209,7 +212,7 @@ class VllmGenerator:
         assert self._llm.llm_engine.is_sleeping() == (self._awake != ALL)
 
     def held(self) -> dict[str, int]:
-        sizes = {"weights": self._weight_bytes, "kv_cache": self._cfg.kv_cache_bytes}
+        sizes = {"weights": self.weight_bytes, "kv_cache": self._kv_cache_bytes}
         return {f"engine {part}": sizes[part] * (part in self._awake) for part in ALL}
 
     def _seed(self, seed: int) -> None:
