@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from megatron_srpo.config import Config
-from megatron_srpo.payoff import signal_sums
+from megatron_srpo.payoff import payoff_sums
 from megatron_srpo.resets import first_wrong_thought
 from megatron_srpo.types import Group, Reset, Rollout
 
@@ -51,8 +51,8 @@ def rollout_sums(groups: Sequence[Group], cfg: Config) -> Sums:
         reset = [by_id[reset.seed_id] for group in trained for reset in group.resets]
         found = sum(rollout.stage == "base" for rollout in reset)  # not those of later rounds
         add("reset/seed_found_rate", found, len(prompts) * cfg.algorithm.num_seeds)
-        for name, (signal, tokens) in signal_sums(groups, cfg.algorithm.num_rollouts).items():
-            add(name, signal, tokens)
+        for name, (numerator, denominator) in payoff_sums(groups, cfg.credit).items():
+            add(name, numerator, denominator)
     for group in trained:
         for reset in group.resets:
             seed = by_id[reset.seed_id]

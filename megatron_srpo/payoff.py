@@ -1,81 +1,106 @@
-"""Do resets pay here?   groups -> sums; metrics -> a verdict
+"""Do resets pay here?   groups -> sums; metrics -> predicted gain over GRPO, a verdict
 
-What a step can learn from is how much rewards differ among rollouts that left the same state: the
-signal is sum (r - mean)^2 over a prompt's groups. Of N fresh rollouts it is (N - 1) v on average, v
-the variance of rewards from the prompt, which the step's own fresh rollouts tell. Resets move
-rollouts to other states and cost tokens (localization, seeds) or save them (suffixes are short):
+Take a chain of thoughts that all must be right. V is the pass rate from prompts, W that from reset
+states, of what is generated in a step. In a group whose rewards are divided by their spread, a
+rollout's gradient is as long as the square root of its odds, o(p) = p / (1 - p), on the tokens that
+are credited, and its noise has a power of 1 on those that it sampled (docs/algorithm.md has the
+derivation). With a share f of suffixes, of whose tokens a share u is their own,
 
-    predicted gain = signal per generated token / that of N fresh rollouts of the same prompts
+    signal = (1 - f) sqrt(o(V)) + f s sqrt(o(W))
+    noise  = (1 - f) + f u
+    predicted gain = signal^2 / (noise o(V)) / cost
 
-With rewards 0 and 1, V = pass rate from a prompt, W = from a reset state, b base rollouts and k
-suffixes, the numerator is (b - 1) V (1 - V) + (k - 1) W (1 - W). The rule knows nothing of which
-tokens are credited, nor of where a gradient points; `tools/claims.py --only gradients` measures how
-far it is off.
+with s = u where copied prefixes are masked, s = u + prefix_weight (1 - u) in chain credit, and as
+cost the generated tokens of all kinds over those of as many fresh rollouts. It is how many times
+GRPO's tokens would be needed for the same signal to noise. Left out: groups whose rewards all
+agree, where in a response the credit falls, and how prompts differ. docs/claims.md says how far it
+is off.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_srpo.config_method import CreditConfig
 from megatron_srpo.types import Group
 
-SIGNAL, FRESH = "reset/signal_per_token", "reset/signal_per_token_grpo"
-"""Quotients of two sums each, as all metrics of a step are."""
+PAYOFF = "payoff/"
+"""Begins the metrics' names."""
+FRESH, RESET = f"{PAYOFF}fresh_pass_rate", f"{PAYOFF}reset_pass_rate"
+SUFFIXES, OWN, CREDITED = f"{PAYOFF}suffix_rate", f"{PAYOFF}own_share", f"{PAYOFF}credited_share"
+TOKENS, LENGTH = f"{PAYOFF}cost_mean", f"{PAYOFF}length_mean"
+"""Tokens: generated of all kinds, for a rollout that is trained; of a fresh rollout alone."""
 LAST = 10
 """Steps that a verdict looks at."""
+SURE = 0.98
+"""The highest pass rate that odds are taken of: beyond, they hang on single wrong rollouts."""
 PAYS, COSTS = 1.1, 0.9
 """Predicted gains between these are no difference worth a word."""
 POLISHING = 0.9
 """Pass rate from which on there is little left to find by going back."""
 
 
-def signal_sums(groups: Sequence[Group], num_rollouts: int) -> dict[str, tuple[float, float]]:
-    """Both metrics of prompts that have two fresh rollouts or more; others tell nothing of v."""
-    by_prompt: dict[str, list[Group]] = defaultdict(list)
-    for group in groups:
-        by_prompt[group.prompt.id].append(group)
-    sums = np.zeros((2, 2))
-    for own in by_prompt.values():
-        rollouts = [(r, g) for g in own for r in g.rollouts]
-        fresh = [r for r, g in rollouts if g.use == "train" and not r.num_copied]
-        rewards = [r.score.value for r in fresh if r.score.failure is None]
-        if len(rewards) < 2:
-            continue
-        tokens = sum(len(r.token_ids) - r.num_copied for r, _ in rollouts)
-        tokens += sum(reset.num_tokens for g in own for reset in g.resets)
-        sums[0] += sum(_squares(g) for g in own if g.use == "train"), tokens
-        length = np.mean([len(r.token_ids) for r in fresh])
-        sums[1] += (num_rollouts - 1) * np.var(rewards, ddof=1), num_rollouts * length
-    if not sums[:, 1].all():
-        return {}
-    return {name: (float(n), float(d)) for name, (n, d) in zip((SIGNAL, FRESH), sums, strict=True)}
+def payoff_sums(groups: Sequence[Group], credit: CreditConfig) -> dict[str, tuple[float, float]]:
+    """Numerators and denominators of what the rule asks for; those without any are left out.
 
-
-def _squares(group: Group) -> float:
-    rewards = [r.score.value for r in group.rollouts if r.score.failure is None]
-    return float(np.var(rewards) * len(rewards)) if rewards else 0.0
+    Fresh rollouts count whether they are trained or not: a base without its failed seed passes more
+    often than the policy.
+    """
+    everybody = [r for group in groups for r in group.rollouts]
+    fresh = [r for r in everybody if not r.num_copied]
+    trained = [r for group in groups if group.use == "train" for r in group.rollouts]
+    suffixes = [r for r in trained if r.num_copied]
+    weight = credit.prefix_weight if credit.rule == "chain" else 0.0
+    own = sum(1 - r.num_copied / len(r.token_ids) for r in suffixes)
+    tokens = sum(len(r.token_ids) - r.num_copied for r in everybody)
+    tokens += sum(reset.num_tokens for group in groups for reset in group.resets)
+    sums = {
+        SUFFIXES: (len(suffixes), len(trained)),
+        OWN: (own, len(suffixes)),
+        CREDITED: (own + weight * (len(suffixes) - own), len(suffixes)),
+        TOKENS: (tokens, len(trained)),
+        LENGTH: (sum(len(r.token_ids) for r in fresh), len(fresh)),
+    }
+    for name, rollouts in ((FRESH, fresh), (RESET, suffixes)):
+        verdicts = [r.score.correct for r in rollouts if r.score.failure is None]
+        sums[name] = sum(verdicts), len(verdicts)
+    return {name: (float(n), float(d)) for name, (n, d) in sums.items() if d}
 
 
 def predicted_gain(rows: Sequence[Mapping[str, float]]) -> float | None:
-    """Of these steps together; None if they say nothing, or fresh rollouts all agree."""
-    told = [row for row in rows if SIGNAL in row]
-    fresh = sum(row[FRESH] for row in told)
-    return sum(row[SIGNAL] for row in told) / fresh if fresh else None
+    """Of these steps together; None if they say nothing, or no fresh rollout is right."""
+    mean = {
+        name: float(np.mean(known))
+        for name in (FRESH, RESET, SUFFIXES, OWN, CREDITED, TOKENS, LENGTH)
+        if (known := [row[name] for row in rows if name in row])
+    }
+    if not mean.get(FRESH) or TOKENS not in mean:
+        return None
+    share, base = mean[SUFFIXES], _odds(mean[FRESH])
+    signal, noise = (1 - share) * base**0.5, 1 - share
+    if share and RESET in mean:
+        signal += share * mean[CREDITED] * _odds(mean[RESET]) ** 0.5
+        noise += share * mean[OWN]
+    return signal**2 / (noise * base) * mean[LENGTH] / mean[TOKENS]
+
+
+def _odds(rate: float) -> float:
+    rate = min(rate, SURE)
+    return rate / (1 - rate)
 
 
 def verdict(rows: Sequence[Mapping[str, float]]) -> str | None:
     """One line on a run's latest steps; None where nothing was reset."""
-    rows = [row for row in rows if SIGNAL in row][-LAST:]
+    rows = [row for row in rows if SUFFIXES in row][-LAST:]
     if not rows:
         return None
     facts = [
         f"{words} {np.mean(known):.2f}"
         for name, words in (
-            ("pass_rate/base", "pass rate from prompts"),
-            ("pass_rate/suffix", "from reset states"),
+            (FRESH, "pass rate from prompts"),
+            (RESET, "from reset states"),
             ("localize/clean_rate", "clean prefixes"),
         )
         if (known := [row[name] for row in rows if name in row])
@@ -86,12 +111,12 @@ def verdict(rows: Sequence[Mapping[str, float]]) -> str | None:
 def _advice(rows: Sequence[Mapping[str, float]]) -> str:
     gain = predicted_gain(rows)
     if gain is None:
-        return "no prompt's fresh rollouts differ: nothing to compare with"
+        return "no fresh rollout is right: GRPO would learn nothing here"
     said = f"predicted gain over GRPO {gain:.2f}x"
     if gain >= PAYS:
         return f"{said}: resets pay here"
     if gain > COSTS:
         return f"{said}: no difference worth a word"
-    pass_rate = np.mean([row.get("pass_rate/base", 0.0) for row in rows])
+    pass_rate = np.mean([row[FRESH] for row in rows])
     why = f"polishing at {pass_rate:.0%}" if pass_rate >= POLISHING else "resets do not pay here"
     return f"{said}: {why}: use algorithm.resets=none"

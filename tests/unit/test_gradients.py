@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_srpo.payoff import FRESH, LENGTH, SUFFIXES, TOKENS
 from tests.unit.test_claims import run, tuned
 from tools.studies.alignment import (
     MEASURED,
@@ -42,11 +43,16 @@ def found(arm: str, cosines: list[float], **other) -> Alignment:
         "tokens": 2400.0,
         "together": 0.5,
         "halves": 1.0,
-        "predicted": None,
+        "payoff": {},
         "seconds": 9.0,
         "commit": "abc",
     }
     return Alignment(**{**values, **other}, cosines=cosines)
+
+
+def told(gain: float) -> dict[str, float]:
+    """What a run says of fresh rollouts at another price."""
+    return {FRESH: 0.5, SUFFIXES: 0.0, TOKENS: 10 / gain, LENGTH: 10.0}
 
 
 # --- cosines -------------------------------------------------------------------------------------
@@ -146,7 +152,8 @@ def test_a_batch_has_a_prompt():
 def test_what_is_measured_is_read_back_and_not_measured_again(tmp_path: Path):
     path = path_in(tmp_path)
     before = missing("h8", path)
-    done = found("srpo", [0.1, 0.2], predicted=1.5)
+    done = found("srpo", [0.1, 0.2], payoff=told(1.5))
+    assert done.predicted == pytest.approx(1.5)
     add(path, done)
     assert read(path) == {done.cell: done}
     assert missing("h8", path) == [each for each in before if each != done.cell]
@@ -183,7 +190,7 @@ def test_the_page_holds_gradients_against_runs(tmp_path: Path):
     arms = {"grpo": (0.30, 0.5), "rrpo": (0.20, 0.4), "srpo": (0.35, 0.6), "chain26": (0.4, 0.7)}
     known = {}
     for arm, (level, end) in arms.items():
-        one = found(arm, [level, level + 0.02], predicted=None if arm == "grpo" else end)
+        one = found(arm, [level, level + 0.02], payoff={} if arm == "grpo" else told(end))
         known[one.cell] = one
         for seed in range(2):
             store.add(run(arm, seed, end + 0.01 * seed))

@@ -56,9 +56,14 @@ def test_every_metric_of_a_step_is_the_one_counted_by_hand():
             "pass_rate/suffix": 1 / 2,
             "group/zero_signal_rate": 1 / 3,
             "reset/seed_found_rate": 1 / 2,
-            # Squares 1/2 twice over all 33 tokens; 7 x variance 1/2 over 8 x 5 and 8 x 2.
-            "reset/signal_per_token": 1 / 33,
-            "reset/signal_per_token_grpo": 3.5 / 56,
+            # Suffixes copy 2 of 4 and of 7 tokens; 33 tokens, 7 rollouts; fresh ones: 4, 6, 2, 2, 2.
+            "payoff/fresh_pass_rate": 4 / 5,
+            "payoff/reset_pass_rate": 1 / 2,
+            "payoff/suffix_rate": 2 / 7,
+            "payoff/own_share": (1 / 2 + 5 / 7) / 2,
+            "payoff/credited_share": (1 / 2 + 5 / 7) / 2,
+            "payoff/cost_mean": 33 / 7,
+            "payoff/length_mean": 16 / 5,
             "reset/thought_index_mean": 1,
             "reset/depth_frac_mean": 1 / 3,
             "reset/empty_prefix_rate": 0,

@@ -19,6 +19,7 @@ from statistics import fmean, stdev
 import numpy as np
 import numpy.typing as npt
 
+from megatron_srpo.payoff import predicted_gain
 from tools.studies.table import ARMS, STUDIES, Settings
 
 Gradient = npt.NDArray[np.float64]
@@ -61,8 +62,8 @@ class Alignment:
     """Of the sum of all batches' gradients."""
     halves: float
     """Of the reference's halves with each other."""
-    predicted: float | None
-    """`payoff.predicted_gain` of these rollouts; None where nothing is reset."""
+    payoff: dict[str, float]
+    """`megatron_srpo.payoff`'s metrics of these rollouts; none where nothing is reset."""
     seconds: float
     commit: str = ""
 
@@ -70,6 +71,11 @@ class Alignment:
     def quality(self) -> float:
         """Cosine of the reference with the truth."""
         return quality(self.halves)
+
+    @property
+    def predicted(self) -> float | None:
+        """The rule of thumb's gain over GRPO; None where it says nothing."""
+        return predicted_gain([self.payoff])
 
     @property
     def cosine(self) -> float:

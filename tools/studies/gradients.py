@@ -32,7 +32,7 @@ from megatron_srpo.engines.megatron.learner import MegatronLearner
 from megatron_srpo.extensions import build
 from megatron_srpo.inputs import Inputs, read_inputs
 from megatron_srpo.metrics import GENERATED, Sums, combine, rollout_sums
-from megatron_srpo.payoff import predicted_gain
+from megatron_srpo.payoff import PAYOFF
 from megatron_srpo.protocols import CreditRule, ResetRule
 from megatron_srpo.resets import RULES
 from megatron_srpo.rollouts import Roles
@@ -197,7 +197,7 @@ class Bench:
         groups = self._collect(prompts[: num * num_batches], cfg)
         gradients = [self._gradient(part, cfg) for part in parts(groups, num)]
         reference = halves[0] + halves[1]
-        predicted = predicted_gain([combine([rollout_sums(groups, cfg)])])
+        metrics = combine([rollout_sums(groups, cfg)])
         return Alignment(
             cell=cell,
             passed=round(passed, 4),
@@ -206,7 +206,7 @@ class Bench:
             cosines=[round(cosine(each, reference), 4) for each in gradients],
             together=round(cosine(np.sum(gradients, axis=0), reference), 4),
             halves=round(cosine(*halves), 4),
-            predicted=None if predicted is None else round(predicted, 3),
+            payoff={n: round(v, 4) for n, v in metrics.items() if n.startswith(PAYOFF)},
             seconds=round(time.perf_counter() - began, 1),
             commit=commit,
         )

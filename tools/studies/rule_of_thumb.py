@@ -1,7 +1,7 @@
 """Do gradients tell what a run will gain, and does the rule of thumb?   alignments, runs -> tables
 
-The rule of thumb is `megatron_srpo.payoff`: rewards that differ, per generated token. Neither it
-nor the ratio of SNRs is fitted to anything here.
+The rule of thumb is `megatron_srpo.payoff`. Neither it nor the ratio of SNRs is fitted to anything,
+but the rule was chosen when h8's gradients were known: the other regimes hold it out.
 """
 
 from __future__ import annotations
