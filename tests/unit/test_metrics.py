@@ -56,7 +56,7 @@ def test_every_metric_of_a_step_is_the_one_counted_by_hand():
             "pass_rate/suffix": 1 / 2,
             "group/zero_signal_rate": 1 / 3,
             "reset/seed_found_rate": 1 / 2,
-            # Suffixes copy 2 of 4 and of 7 tokens; 33 tokens, 7 rollouts; fresh ones: 4, 6, 2, 2, 2.
+            # Suffixes copy 2 of 4 and of 7 tokens; 7 rollouts of 33; fresh ones: 4, 6, 2, 2, 2.
             "payoff/fresh_pass_rate": 4 / 5,
             "payoff/reset_pass_rate": 1 / 2,
             "payoff/suffix_rate": 2 / 7,
