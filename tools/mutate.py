@@ -47,6 +47,7 @@ TESTED_TOGETHER = {
     "code": ("output", "prelude"),
     "backend": ("config_precision",),
     "colocation": ("turns", "memory"),
+    "restarts": ("draws", "algorithm"),
 }
 """Tests: files that they mirror, beside the one of their name."""
 
