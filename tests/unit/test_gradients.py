@@ -93,7 +93,11 @@ def drawn(rng: np.random.Generator, noises: dict[str, float]) -> list[Alignment]
 
     halves = draw(2), draw(2)
     return [
-        found(arm, [cosine(draw(noise), halves[0] + halves[1]) for _ in range(24)], halves=cosine(*halves))
+        found(
+            arm,
+            [cosine(draw(noise), halves[0] + halves[1]) for _ in range(24)],
+            halves=cosine(*halves),
+        )
         for arm, noise in noises.items()
     ]
 
