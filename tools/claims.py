@@ -18,8 +18,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -124,31 +124,41 @@ def work(jobs: Sequence[Job], store: Store, *, num_processes: int) -> int:
     for name in dict.fromkeys(job.regime for job in jobs):
         REGIMES[name].prepare()
     commit = head()
+    begun, num_failed = time.monotonic(), 0
+    for number, (job, future) in enumerate(done(jobs, num_processes), 1):
+        if (error := future.exception()) is None:
+            store.add(replace(future.result(), commit=commit))
+            said = in_words(future.result())
+        else:
+            num_failed += 1
+            said = f"failed: {error!r}"
+        left = (time.monotonic() - begun) / number * (len(jobs) - number) / 60
+        print(
+            f"{number}/{len(jobs)}  {job.regime} seed {job.seed}  {' '.join(job.settings)}  "
+            f"{said}  {left:.0f} min left",
+            flush=True,
+        )
+    return num_failed
+
+
+def done(jobs: Sequence[Job], num_processes: int) -> Iterator[tuple[Job, Future[Record]]]:
+    """As they end. Processes are replaced all at once: `max_tasks_per_child` may wait for ever
+    (CPython issue 115634)."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tools.studies.runs"])
-    begun, num_failed = time.monotonic(), 0
-    pool = ProcessPoolExecutor(
-        num_processes, context, os.nice, (10,), max_tasks_per_child=RUNS_A_PROCESS
-    )
-    try:
-        jobs_of = {pool.submit(do, job): job for job in jobs}
-        for number, future in enumerate(as_completed(jobs_of), 1):
-            if (error := future.exception()) is None:
-                store.add(replace(future.result(), commit=commit))
-                said = in_words(future.result())
-            else:
-                num_failed += 1
-                said = f"failed: {error!r}"
-            left = (time.monotonic() - begun) / number * (len(jobs) - number) / 60
-            job = jobs_of[future]
-            print(
-                f"{number}/{len(jobs)}  {job.regime} seed {job.seed}  {' '.join(job.settings)}  "
-                f"{said}  {left:.0f} min left",
-                flush=True,
-            )
-    finally:
-        pool.shutdown(cancel_futures=True)  # whoever interrupts waits for the runs in progress
-    return num_failed
+    for some in batched(jobs, num_processes * RUNS_A_PROCESS):
+        pool = ProcessPoolExecutor(num_processes, context, os.nice, (10,))
+        try:
+            jobs_of = {pool.submit(do, job): job for job in some}
+            for future in as_completed(jobs_of):
+                yield jobs_of[future], future
+        finally:
+            pool.shutdown(cancel_futures=True)  # whoever interrupts waits for the runs in progress
+
+
+def batched(jobs: Sequence[Job], num: int) -> Iterator[Sequence[Job]]:
+    """So many at a time."""
+    return (jobs[first : first + num] for first in range(0, len(jobs), num))
 
 
 def head() -> str:

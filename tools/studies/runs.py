@@ -22,7 +22,11 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from megatron_srpo.environment import be_one_process_unless_launched, set_environment
+from megatron_srpo.environment import (
+    LAUNCHED,
+    be_one_process_unless_launched,
+    set_environment,
+)
 
 warnings.simplefilter("ignore")
 set_environment()
@@ -76,6 +80,8 @@ def workplace() -> Workplace:
     os.chdir(ROOT)
     logging.captureWarnings(True)
     logging.getLogger().addHandler(logging.NullHandler())
+    for name in LAUNCHED:  # of whoever made this process, and listens there itself
+        os.environ.pop(name, None)
     be_one_process_unless_launched()
     mesh = build_mesh()
     gc.freeze()  # what imports have made need not be looked at again
