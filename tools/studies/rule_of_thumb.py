@@ -166,9 +166,9 @@ Points = Sequence[tuple[float, float]]
 
 def _checks(found: Sequence[Pair]) -> list[list[str]]:
     rows: list[list[str]] = []
-    for state, is_known in dict.fromkeys((each.state, each.regime == CHOSEN_ON) for each in found):
-        own = [each for each in found if (each.state, each.regime == CHOSEN_ON) == (state, is_known)]
-        head = [state, ", ".join(dict.fromkeys(each.regime for each in own))]
+    for part in dict.fromkeys(map(_part, found)):
+        own = [each for each in found if _part(each) == part]
+        head = [own[0].state, ", ".join(dict.fromkeys(each.regime for each in own))]
         areas = [(p.snr, p.area) for p in own if p.area is not None]
         rows.append([*head, "SNR", "difference in AUC per token", *_ranks(areas), *[""] * 4])
         speeds = [(p.snr, p.speed) for p in own if p.speed is not None]
@@ -182,6 +182,11 @@ def _checks(found: Sequence[Pair]) -> list[list[str]]:
         ):
             rows.append([*head, prediction, measured, *_ranks(points), *_logs(points)])
     return rows
+
+
+def _part(pair: Pair) -> tuple[str, bool]:
+    """What a row is of: a policy, in the regime that chose the rule or in the others."""
+    return pair.state, pair.regime == CHOSEN_ON
 
 
 def _ranks(points: Points) -> list[str]:
