@@ -305,3 +305,14 @@ def test_the_page_says_what_the_runs_say_and_is_the_same_again(tmp_path: Path):
 def test_runs_of_tuning_seeds_are_in_no_table(tmp_path: Path):
     store = tuned(tmp_path)
     assert runs_of(["grpo"], "h8", SEEDS, store) == {}
+
+
+def test_a_study_shows_no_regime_that_it_was_not_made_in(tmp_path: Path):
+    """m8's own learning rate may be the one that `slower` is about in h8."""
+    store = tuned(tmp_path, regime="m8")
+    for arm in ("grpo", "srpo", "chain26"):
+        store.add(run(arm, 0, 0.5, regime="m8"))
+    write_page(store, tmp_path / "claims.md", tmp_path)
+    text = (tmp_path / "claims.md").read_text("utf-8")
+    assert STUDIES["methods"].title in text
+    assert not [name for name in ("slower", "clip") if STUDIES[name].title in text]

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_srpo.payoff import predicted_gain
-from tools.studies.table import ARMS, STUDIES, Settings
+from tools.studies.table import ARMS, OTHERS, STUDIES, Settings
 
 Gradient = npt.NDArray[np.float64]
 """[D] of all parameters."""
 STATES = {
     "h8": {"start": 0.0, "0.25": 0.25, "0.5": 0.5},
-    **{regime: {"start": 0.0} for regime in ("u8", "m8", "k8", "f8")},
+    **{regime: {"start": 0.0} for regime in OTHERS},
 }
 """Regime -> policies: the warm start, and the first of a GRPO run to pass so often."""
 MEASURED = tuple(dict.fromkeys((*STUDIES["methods"].arms, *STUDIES["splits"].arms)))

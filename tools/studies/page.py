@@ -26,7 +26,15 @@ from tools.studies.plots import draw_curves
 from tools.studies.regimes import REGIMES
 from tools.studies.rule_of_thumb import gradients_part
 from tools.studies.store import Store
-from tools.studies.table import LEARNING_RATES, SEEDS, STUDIES, TUNED, TUNING_SEEDS, Study
+from tools.studies.table import (
+    LEARNING_RATES,
+    SEEDS,
+    STUDIES,
+    TUNED,
+    TUNING_SEEDS,
+    Study,
+    regimes_of,
+)
 
 DRAWN = ("grpo", "half", "rrpo", "srpo", "oracle", "chain", "chain26", "chain26 random")
 """Arms in the pictures."""
@@ -116,7 +124,8 @@ def regimes_part(store: Store) -> str:
 def _study(name: str, study: Study, store: Store, pictures: Path) -> Iterator[str]:
     """A table for each regime that has runs of two arms at least."""
     title = f"## {study.title}\n"
-    for regime_name, regime in REGIMES.items():
+    for regime_name in regimes_of(name):
+        regime = REGIMES[regime_name]
         by = runs_of(study.arms, regime_name, SEEDS, store, study.lr)
         if len(by) < 2 or study.baseline not in by:
             continue

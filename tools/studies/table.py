@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-TUNING_SEEDS = {"h8": (900, 901, 902), **dict.fromkeys(("u8", "m8", "k8", "f8"), (900, 901))}
+OTHERS = ("u8", "m8", "k8", "f8")
+"""Regimes beside h8."""
+TUNING_SEEDS = {"h8": (900, 901, 902), **dict.fromkeys(OTHERS, (900, 901))}
 """Chose each regime's learning rate, by GRPO's area under the curve over tokens; never reported."""
 SEEDS = range(10)
 """What is reported; the first so many, where a stage asks for fewer."""
@@ -138,7 +140,6 @@ class Stage:
     num_seeds: int = 7
 
 
-OTHERS = ("u8", "m8", "k8", "f8")
 STAGES: Sequence[Stage] = (
     Stage(study="methods", regimes=("h8",), num_arms=5),
     Stage(study="methods", regimes=OTHERS, num_arms=5),
@@ -154,6 +155,12 @@ STAGES: Sequence[Stage] = (
     Stage(study="methods", regimes=("h8",)),
 )
 """What matters most comes first."""
+
+
+def regimes_of(study: str) -> list[str]:
+    """Where the study is made: other studies' runs elsewhere are none of its own."""
+    return [*dict.fromkeys(name for each in STAGES if each.study == study for name in each.regimes)]
+
 
 QUICK, QUICK_SEEDS = ("rrpo", "srpo"), range(3)
 """What `--quick` compares in h8."""
