@@ -146,19 +146,15 @@ def done(jobs: Sequence[Job], num_processes: int) -> Iterator[tuple[Job, Future[
     (CPython issue 115634)."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tools.studies.runs"])
-    for some in batched(jobs, num_processes * RUNS_A_PROCESS):
+    num = num_processes * RUNS_A_PROCESS
+    for first in range(0, len(jobs), num):
         pool = ProcessPoolExecutor(num_processes, context, os.nice, (10,))
         try:
-            jobs_of = {pool.submit(do, job): job for job in some}
+            jobs_of = {pool.submit(do, job): job for job in jobs[first : first + num]}
             for future in as_completed(jobs_of):
                 yield jobs_of[future], future
         finally:
             pool.shutdown(cancel_futures=True)  # whoever interrupts waits for the runs in progress
-
-
-def batched(jobs: Sequence[Job], num: int) -> Iterator[Sequence[Job]]:
-    """So many at a time."""
-    return (jobs[first : first + num] for first in range(0, len(jobs), num))
 
 
 def head() -> str:

@@ -110,7 +110,8 @@ def steps(name: str, width: str, overrides: list[str]) -> list[Result]:
     planned = {f"plan/{phase}_gib": gib for phase, gib in world.gpu.planned_gib.items()}
     found = [run_check(f"{name}: a step", partial(of_step, row | planned))]
     found.append(run_check(f"{name}: sync", partial(of_sync, loads.last_s, world)))
-    other = several(world.seeded_by("engine"), load, 10)
+    world.engine.seeding = "engine"
+    other = several(world, load, 10)
     speeds = {
         f"{seeding}_tokens_per_s": each["tokens/generated"] / each["time/generate_s"]
         for seeding, each in (("request", row), ("engine", other))

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -156,8 +155,3 @@ class World:
         generated = tokens - sum(len(request.context) for request in requests)
         counts = {"tokens/generated": float(generated), "tokens/all": float(tokens)}
         return found | stats | counts | self.gpu.stopwatch.take()
-
-    def seeded_by(self, seeding: Literal["request", "engine"]) -> World:
-        """The same engine, its requests seeded otherwise."""
-        self.engine.seeding = seeding
-        return self
